@@ -17,7 +17,7 @@ const CRC_AT: usize = 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// A two-sided message in a RECV buffer.
+    /// A message in a RECV buffer, sent without immediate data.
     Message = 1,
     /// A slot written by RDMA WRITE.
     Write = 2,
@@ -27,6 +27,8 @@ pub enum Kind {
     Known = 4,
     /// A slot before its first write.
     Untouched = 5,
+    /// A message in a RECV buffer, sent with immediate data.
+    MessageImm = 6,
 }
 
 /// Which end of the connection wrote it.
@@ -184,6 +186,7 @@ pub fn describe(buf: &[u8]) -> String {
         3 => "WriteImm",
         4 => "Known",
         5 => "Untouched",
+        6 => "MessageImm",
         _ => "unknown kind",
     };
     let side = if buf[24] == 0 { "Client" } else { "Server" };

@@ -1,1 +1,191 @@
-fn main() {}
+//! `cargo xtask`: the commands of the README and of the lab.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use integration::lab::node::shell_status;
+use integration::lab::topology::NodeSpec;
+use integration::lab::wire::Exec;
+use integration::lab::{Lab, deploy, guest};
+use integration::setup;
+
+#[derive(Parser)]
+#[command(name = "xtask", bin_name = "cargo xtask", about = "Project tasks")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Three machines under QEMU: src, dst and peer
+    #[command(subcommand)]
+    Lab(LabTask),
+    /// Install what building and the lab need
+    Setup,
+    /// Serve a node's control channel (runs inside the node)
+    #[command(hide = true)]
+    Guest,
+}
+
+#[derive(Subcommand)]
+enum LabTask {
+    /// Start the lab, install this project's binaries, start the agents
+    Up,
+    /// Run a command on a node; its exit status is passed through
+    Exec {
+        /// src, dst or peer
+        node: String,
+        /// End the command after this many seconds (status 124)
+        #[arg(long)]
+        timeout: Option<u64>,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Copy a file to REMOTE, or a directory's content into REMOTE
+    Push {
+        node: String,
+        local: PathBuf,
+        remote: String,
+    },
+    /// Copy a file or a directory's content from a node
+    Pull {
+        node: String,
+        remote: String,
+        local: PathBuf,
+    },
+    /// Build the release binaries and install them on the running nodes
+    Deploy {
+        /// Install what is already built
+        #[arg(long)]
+        no_build: bool,
+    },
+    /// Put nodes back to their freshly booted state
+    Reset {
+        /// src, dst, peer or all
+        node: String,
+    },
+    /// Show a node's console and QEMU's complaints
+    Log { node: String },
+    /// What is running, and where
+    Status,
+    /// End the lab
+    Down,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Setup => setup::ensure()?,
+        Task::Guest => guest::serve()?,
+        Task::Lab(task) => return lab(task),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn lab(task: LabTask) -> Result<ExitCode> {
+    match task {
+        LabTask::Up => {
+            setup::ensure()?;
+            let (lab, fresh) = Lab::up()?;
+            if !fresh {
+                eprintln!("lab: already up");
+            }
+            install(&lab)?;
+        }
+        LabTask::Exec {
+            node,
+            timeout,
+            command,
+        } => {
+            let done = Lab::attach()?.node(&node)?.run_attached(Exec {
+                argv: command,
+                timeout_ms: timeout.map(|s| s * 1000),
+                ..Exec::default()
+            })?;
+            return Ok(ExitCode::from(shell_status(&done) as u8));
+        }
+        LabTask::Push {
+            node,
+            local,
+            remote,
+        } => Lab::attach()?.node(&node)?.push(&local, &remote)?,
+        LabTask::Pull {
+            node,
+            remote,
+            local,
+        } => Lab::attach()?.node(&node)?.pull(&remote, &local)?,
+        LabTask::Deploy { no_build } => {
+            let lab = Lab::attach()?;
+            if !no_build {
+                deploy::build(lab.paths())?;
+            }
+            install(&lab)?;
+        }
+        LabTask::Reset { node } => {
+            let which = match node.as_str() {
+                "all" => vec![],
+                name => vec![NodeSpec::by_name(name)?],
+            };
+            let mut lab = Lab::attach()?;
+            lab.reset(&which)?;
+            install(&lab)?;
+        }
+        LabTask::Log { node } => {
+            let lab = Lab::attach()?;
+            let machine = lab.machine(NodeSpec::by_name(&node)?)?;
+            for path in [&machine.errors, &machine.console] {
+                print!("{}", std::fs::read_to_string(path).unwrap_or_default());
+            }
+            print!(
+                "{}",
+                lab.node(&node)?.check(&["journalctl", "-b", "--no-pager"])?
+            );
+        }
+        LabTask::Status => {
+            let lab = Lab::attach()?;
+            for node in lab.nodes()? {
+                let machine = lab.machine(node.spec)?;
+                let answer = match node.ping(std::time::Duration::from_secs(10)) {
+                    Ok(()) => "answers".to_owned(),
+                    Err(e) => format!("does not answer: {e:#}"),
+                };
+                println!(
+                    "{:5} {}  rdma {} on {} ({}), lan {}, control 127.0.0.1:{}, qemu pid {}",
+                    node.name(),
+                    answer,
+                    node.spec.rdma_ip(),
+                    node.spec.rdma_device,
+                    node.spec.uverbs,
+                    node.spec.lan_ip(),
+                    machine.port,
+                    machine.process.pid
+                );
+            }
+        }
+        LabTask::Down => Lab::down()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn install(lab: &Lab) -> Result<()> {
+    let missing = deploy::deploy(lab)?;
+    if !missing.is_empty() {
+        eprintln!(
+            "lab: not built yet, so not installed: {} (`cargo build --release --workspace`)",
+            missing.join(", ")
+        );
+    }
+    Ok(())
+}
