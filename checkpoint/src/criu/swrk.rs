@@ -169,7 +169,12 @@ impl<'a> Criu<'a> {
         }
     }
 
-    fn ask(mut self, op: &'static str, req: Criu_req, notify: &mut dyn FnMut(Notify) -> Verdict) -> Result<Criu_resp> {
+    fn ask(
+        mut self,
+        op: &'static str,
+        mut req: Criu_req,
+        notify: &mut dyn FnMut(Notify) -> Verdict,
+    ) -> Result<Criu_resp> {
         let expected = req.type_();
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|err| io_error("socketpair", err.into()))?;
