@@ -1,7 +1,9 @@
 //! Under construction.
 pub mod agent;
 pub mod criu;
+pub mod image;
 pub mod net;
 pub mod phase;
 pub mod pki;
 pub mod timeline;
+pub mod uverbs;
