@@ -31,36 +31,16 @@ const NEEDS: &[Need] = &[
         probe: Probe::Program("qemu-system-x86_64"),
         why: "runs the lab's three machines",
     },
-    Need {
-        package: "qemu-utils",
-        probe: Probe::Program("qemu-img"),
-        why: "disk overlays of the lab's machines",
-    },
-    Need {
-        package: "mmdebstrap",
-        probe: Probe::Program("mmdebstrap"),
-        why: "builds the machines' Debian file system",
-    },
-    Need {
-        package: "e2fsprogs",
-        probe: Probe::Program("mke2fs"),
-        why: "turns it into a disk image without mounting",
-    },
+    Need { package: "qemu-utils", probe: Probe::Program("qemu-img"), why: "disk overlays of the lab's machines" },
+    Need { package: "mmdebstrap", probe: Probe::Program("mmdebstrap"), why: "builds the machines' Debian file system" },
+    Need { package: "e2fsprogs", probe: Probe::Program("mke2fs"), why: "turns it into a disk image without mounting" },
     Need {
         package: "debian-archive-keyring",
         probe: Probe::File("/usr/share/keyrings/debian-archive-keyring.gpg"),
         why: "checks the packages of the machines' file system",
     },
-    Need {
-        package: "gcc",
-        probe: Probe::Program("cc"),
-        why: "links the binaries",
-    },
-    Need {
-        package: "pkg-config",
-        probe: Probe::Program("pkg-config"),
-        why: "finds the libraries the build needs",
-    },
+    Need { package: "gcc", probe: Probe::Program("cc"), why: "links the binaries" },
+    Need { package: "pkg-config", probe: Probe::Program("pkg-config"), why: "finds the libraries the build needs" },
     Need {
         package: "libseccomp-dev",
         probe: Probe::File("/usr/include/seccomp.h"),
@@ -76,11 +56,7 @@ const NEEDS: &[Need] = &[
         probe: Probe::File("/usr/include/rdma/rdma_cma.h"),
         why: "verbs types for the shim",
     },
-    Need {
-        package: "libclang-dev",
-        probe: Probe::Clang,
-        why: "reads those headers while building",
-    },
+    Need { package: "libclang-dev", probe: Probe::Clang, why: "reads those headers while building" },
 ];
 
 impl Probe {
@@ -105,10 +81,7 @@ impl Probe {
 /// Runs a command that must succeed.
 pub fn run(cmd: &mut Command) -> Result<()> {
     let name = cmd.get_program().to_string_lossy().into_owned();
-    let status = cmd
-        .stdin(Stdio::null())
-        .status()
-        .with_context(|| format!("run {name}"))?;
+    let status = cmd.stdin(Stdio::null()).status().with_context(|| format!("run {name}"))?;
     if !status.success() {
         bail!("{name} failed: {status}");
     }
@@ -138,10 +111,7 @@ pub fn ensure() -> Result<()> {
     let names: BTreeSet<&str> = missing.iter().map(|n| n.package).collect();
     install(&names)?;
     if let Some(still) = missing.iter().find(|n| !n.probe.present()) {
-        bail!(
-            "{} was installed but what it is needed for is not there",
-            still.package
-        );
+        bail!("{} was installed but what it is needed for is not there", still.package);
     }
     Ok(())
 }
@@ -176,9 +146,7 @@ fn install_with_backports(dir: &Path, flags: &[&str], names: &BTreeSet<&str>) ->
     let backports = format!("{codename}-backports");
     fs::write(
         dir.join("parts/all.sources"),
-        mirror
-            .sources(codename)
-            .replace("-updates\n", &format!("-updates {backports}\n")),
+        mirror.sources(codename).replace("-updates\n", &format!("-updates {backports}\n")),
     )?;
     // Sources of this one call; the machine's own stay as they are.
     let options = [

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub struct Stats {
     /// Two-sided messages posted.
     pub sent: AtomicU64,
+    /// Two-sided messages known delivered.
+    pub delivered: AtomicU64,
     /// Two-sided messages received and checked.
     pub received: AtomicU64,
     /// WRITEs known complete.

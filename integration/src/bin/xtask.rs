@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use integration::lab::bundle::{self, Bundle};
 use integration::lab::node::shell_status;
 use integration::lab::topology::NodeSpec;
 use integration::lab::wire::Exec;
@@ -45,17 +46,33 @@ enum LabTask {
         command: Vec<String>,
     },
     /// Copy a file to REMOTE, or a directory's content into REMOTE
-    Push {
-        node: String,
-        local: PathBuf,
-        remote: String,
-    },
+    Push { node: String, local: PathBuf, remote: String },
     /// Copy a file or a directory's content from a node
-    Pull {
+    Pull { node: String, remote: String, local: PathBuf },
+    /// Make an OCI bundle /srv/lab/bundles/NAME on a node, without starting it
+    Bundle {
         node: String,
-        remote: String,
-        local: PathBuf,
+        name: String,
+        /// Address on the containers' network, as in 10.20.0.100/24
+        #[arg(long)]
+        ip: Option<String>,
+        /// Local file or directory and its place in the container
+        #[arg(long = "copy", value_name = "LOCAL:PATH", value_parser = copy_argument)]
+        copies: Vec<(PathBuf, String)>,
+        /// Added to the container's environment
+        #[arg(long = "env", value_name = "KEY=VALUE", value_parser = pair)]
+        env: Vec<(String, String)>,
+        /// OCI annotation
+        #[arg(long = "annotation", value_name = "KEY=VALUE", value_parser = pair)]
+        annotations: Vec<(String, String)>,
+        /// Leave the RDMA devices out
+        #[arg(long)]
+        no_rdma: bool,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
     },
+    /// Remove a bundle made by `lab bundle`
+    Unbundle { node: String, name: String },
     /// Build the release binaries and install them on the running nodes
     Deploy {
         /// Install what is already built
@@ -104,11 +121,7 @@ fn lab(task: LabTask) -> Result<ExitCode> {
             }
             install(&lab)?;
         }
-        LabTask::Exec {
-            node,
-            timeout,
-            command,
-        } => {
+        LabTask::Exec { node, timeout, command } => {
             let done = Lab::attach()?.node(&node)?.run_attached(Exec {
                 argv: command,
                 timeout_ms: timeout.map(|s| s * 1000),
@@ -116,16 +129,15 @@ fn lab(task: LabTask) -> Result<ExitCode> {
             })?;
             return Ok(ExitCode::from(shell_status(&done) as u8));
         }
-        LabTask::Push {
-            node,
-            local,
-            remote,
-        } => Lab::attach()?.node(&node)?.push(&local, &remote)?,
-        LabTask::Pull {
-            node,
-            remote,
-            local,
-        } => Lab::attach()?.node(&node)?.pull(&remote, &local)?,
+        LabTask::Push { node, local, remote } => Lab::attach()?.node(&node)?.push(&local, &remote)?,
+        LabTask::Pull { node, remote, local } => Lab::attach()?.node(&node)?.pull(&remote, &local)?,
+        LabTask::Bundle { node, name, ip, copies, env, annotations, no_rdma, command } => {
+            let bundle = Bundle { name, ip, copies, env, annotations, no_rdma, command };
+            println!("{}", bundle.make(&Lab::attach()?.node(&node)?)?);
+        }
+        LabTask::Unbundle { node, name } => {
+            bundle::remove(&Lab::attach()?.node(&node)?, &name)?;
+        }
         LabTask::Deploy { no_build } => {
             let lab = Lab::attach()?;
             if !no_build {
@@ -148,10 +160,7 @@ fn lab(task: LabTask) -> Result<ExitCode> {
             for path in [&machine.errors, &machine.console] {
                 print!("{}", std::fs::read_to_string(path).unwrap_or_default());
             }
-            print!(
-                "{}",
-                lab.node(&node)?.check(&["journalctl", "-b", "--no-pager"])?
-            );
+            print!("{}", lab.node(&node)?.check(&["journalctl", "-b", "--no-pager"])?);
         }
         LabTask::Status => {
             let lab = Lab::attach()?;
@@ -179,13 +188,24 @@ fn lab(task: LabTask) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((k, v)) if !k.is_empty() => Ok((k.to_owned(), v.to_owned())),
+        _ => Err("give KEY=VALUE".into()),
+    }
+}
+
+fn copy_argument(text: &str) -> Result<(PathBuf, String), String> {
+    match text.rsplit_once(':') {
+        Some((local, inside)) if !local.is_empty() && inside.starts_with('/') => Ok((local.into(), inside.to_owned())),
+        _ => Err("give LOCAL:PATH with an absolute PATH in the container".into()),
+    }
+}
+
 fn install(lab: &Lab) -> Result<()> {
     let missing = deploy::deploy(lab)?;
     if !missing.is_empty() {
-        eprintln!(
-            "lab: not built yet, so not installed: {} (`cargo build --release --workspace`)",
-            missing.join(", ")
-        );
+        eprintln!("lab: not built yet, so not installed: {} (`cargo build --release --workspace`)", missing.join(", "));
     }
     Ok(())
 }

@@ -15,17 +15,18 @@ use crate::setup::run;
 const ARTEFACTS: &[(&str, &str)] = &[
     ("migrrdma", "/usr/local/bin/migrrdma"),
     ("libmigrrdma.so", "/usr/local/lib/migrrdma/libmigrrdma.so"),
-    (
-        "libmigrrdma_plugin.so",
-        "/usr/local/lib/migrrdma/criu/libmigrrdma_plugin.so",
-    ),
+    ("libmigrrdma_plugin.so", "/usr/local/lib/migrrdma/criu/libmigrrdma_plugin.so"),
 ];
 
 /// Builds the release binaries of the workspace.
 pub fn build(paths: &Paths) -> Result<()> {
-    run(Command::new(env!("CARGO"))
-        .current_dir(&paths.root)
-        .args(["build", "--release", "--workspace", "--exclude", "integration"]))
+    run(Command::new(env!("CARGO")).current_dir(&paths.root).args([
+        "build",
+        "--release",
+        "--workspace",
+        "--exclude",
+        "integration",
+    ]))
     .context("build the release binaries")
 }
 
@@ -34,10 +35,7 @@ pub fn build(paths: &Paths) -> Result<()> {
 pub fn deploy(lab: &Lab) -> Result<Vec<&'static str>> {
     let release = lab.paths().target.join("release");
     let nodes = lab.nodes()?;
-    let present: Vec<_> = ARTEFACTS
-        .iter()
-        .filter(|(name, _)| release.join(name).exists())
-        .collect();
+    let present: Vec<_> = ARTEFACTS.iter().filter(|(name, _)| release.join(name).exists()).collect();
     thread::scope(|s| {
         let handles: Vec<_> = nodes
             .iter()
@@ -52,16 +50,11 @@ pub fn deploy(lab: &Lab) -> Result<Vec<&'static str>> {
             })
             .collect();
         for h in handles {
-            h.join()
-                .map_err(|_| anyhow::anyhow!("deploy thread panicked"))??;
+            h.join().map_err(|_| anyhow::anyhow!("deploy thread panicked"))??;
         }
         Ok::<(), anyhow::Error>(())
     })?;
-    Ok(ARTEFACTS
-        .iter()
-        .filter(|a| !present.iter().any(|p| p.0 == a.0))
-        .map(|a| a.0)
-        .collect())
+    Ok(ARTEFACTS.iter().filter(|a| !present.iter().any(|p| p.0 == a.0)).map(|a| a.0).collect())
 }
 
 fn push_stripped(node: &Node, local: &Path, remote: &str) -> Result<()> {

@@ -31,10 +31,7 @@ const TERM_GRACE: Duration = Duration::from_secs(3);
 
 /// Serves the control channel for ever.
 pub fn serve() -> Result<()> {
-    let token = fs::read_to_string(TOKEN_PATH)
-        .with_context(|| format!("read {TOKEN_PATH}"))?
-        .trim()
-        .to_owned();
+    let token = fs::read_to_string(TOKEN_PATH).with_context(|| format!("read {TOKEN_PATH}"))?.trim().to_owned();
     let listener = TcpListener::bind(("0.0.0.0", wire::GUEST_PORT))
         .with_context(|| format!("listen on port {}", wire::GUEST_PORT))?;
     for stream in listener.incoming() {
@@ -85,10 +82,7 @@ fn finish(stream: &mut TcpStream, done: &Done) -> Result<()> {
 }
 
 fn set_clock(unix_nanos: u64) -> Result<Done> {
-    let ts = nix::sys::time::TimeSpec::new(
-        (unix_nanos / 1_000_000_000) as i64,
-        (unix_nanos % 1_000_000_000) as i64,
-    );
+    let ts = nix::sys::time::TimeSpec::new((unix_nanos / 1_000_000_000) as i64, (unix_nanos % 1_000_000_000) as i64);
     nix::time::clock_settime(nix::time::ClockId::CLOCK_REALTIME, ts).context("set the clock")?;
     Ok(Done::ok())
 }
@@ -137,18 +131,13 @@ fn read_file(stream: &mut TcpStream, path: &Path) -> Result<Done> {
     }
     let mut buf = vec![0u8; 256 * 1024];
     loop {
-        let n = file
-            .read(&mut buf)
-            .with_context(|| format!("read {}", path.display()))?;
+        let n = file.read(&mut buf).with_context(|| format!("read {}", path.display()))?;
         if n == 0 {
             break;
         }
         wire::send(stream, Tag::Stdout, &buf[..n])?;
     }
-    Ok(Done {
-        mode: Some(meta.permissions().mode() & 0o7777),
-        ..Done::ok()
-    })
+    Ok(Done { mode: Some(meta.permissions().mode() & 0o7777), ..Done::ok() })
 }
 
 /// Runs one program; see [`Request::Exec`].
@@ -161,11 +150,7 @@ fn run(stream: TcpStream, exec: Exec) -> Result<()> {
         .args(&exec.argv[1..])
         .envs(exec.env.iter().cloned())
         .current_dir(exec.cwd.as_deref().unwrap_or("/root"))
-        .stdin(if exec.stdin {
-            Stdio::piped()
-        } else {
-            Stdio::null()
-        })
+        .stdin(if exec.stdin { Stdio::piped() } else { Stdio::null() })
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
@@ -179,20 +164,8 @@ fn run(stream: TcpStream, exec: Exec) -> Result<()> {
     let timed_out = Arc::new(AtomicBool::new(false));
 
     let pumps: Vec<_> = [
-        (
-            child
-                .stdout
-                .take()
-                .map(|o| Box::new(o) as Box<dyn Output + Send>),
-            Tag::Stdout,
-        ),
-        (
-            child
-                .stderr
-                .take()
-                .map(|o| Box::new(o) as Box<dyn Output + Send>),
-            Tag::Stderr,
-        ),
+        (child.stdout.take().map(|o| Box::new(o) as Box<dyn Output + Send>), Tag::Stdout),
+        (child.stderr.take().map(|o| Box::new(o) as Box<dyn Output + Send>), Tag::Stderr),
     ]
     .into_iter()
     .filter_map(|(pipe, tag)| Some((pipe?, tag)))
@@ -211,9 +184,7 @@ fn run(stream: TcpStream, exec: Exec) -> Result<()> {
     if let Some(ms) = exec.timeout_ms {
         let timed_out = timed_out.clone();
         thread::spawn(move || {
-            if done_rx.recv_timeout(Duration::from_millis(ms))
-                == Err(mpsc::RecvTimeoutError::Timeout)
-            {
+            if done_rx.recv_timeout(Duration::from_millis(ms)) == Err(mpsc::RecvTimeoutError::Timeout) {
                 timed_out.store(true, Ordering::SeqCst);
                 let _ = killpg(group, Signal::SIGKILL);
             }
@@ -229,12 +200,7 @@ fn run(stream: TcpStream, exec: Exec) -> Result<()> {
     let mut out = writer.lock().unwrap_or_else(|e| e.into_inner());
     finish(
         &mut out,
-        &Done {
-            code: status.code(),
-            signal: status.signal(),
-            timed_out: timed_out.load(Ordering::SeqCst),
-            mode: None,
-        },
+        &Done { code: status.code(), signal: status.signal(), timed_out: timed_out.load(Ordering::SeqCst), mode: None },
     )?;
     let _ = out.shutdown(std::net::Shutdown::Both);
     Ok(())
@@ -246,21 +212,13 @@ impl<T: Read + AsFd> Output for T {}
 /// Copies one output pipe to the caller. Descendants may keep the pipe open
 /// after the program itself has exited; what is already there is still sent,
 /// what they write later is not waited for.
-fn pump(
-    mut pipe: Box<dyn Output + Send>,
-    tag: Tag,
-    writer: &Mutex<TcpStream>,
-    exited: &AtomicBool,
-) {
+fn pump(mut pipe: Box<dyn Output + Send>, tag: Tag, writer: &Mutex<TcpStream>, exited: &AtomicBool) {
     let mut buf = vec![0u8; 64 * 1024];
     loop {
         let was_over = exited.load(Ordering::SeqCst);
         let ready = {
             let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
-            poll(
-                &mut fds,
-                PollTimeout::from(if was_over { 0u8 } else { 20u8 }),
-            )
+            poll(&mut fds, PollTimeout::from(if was_over { 0u8 } else { 20u8 }))
         };
         match ready {
             Ok(0) if was_over => return,
@@ -280,12 +238,7 @@ fn pump(
     }
 }
 
-fn serve_input(
-    mut input: TcpStream,
-    mut stdin: Option<std::process::ChildStdin>,
-    group: Pid,
-    exited: &AtomicBool,
-) {
+fn serve_input(mut input: TcpStream, mut stdin: Option<std::process::ChildStdin>, group: Pid, exited: &AtomicBool) {
     loop {
         match wire::receive(&mut input) {
             Ok(Some((Tag::Input, bytes))) => {

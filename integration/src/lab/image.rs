@@ -152,13 +152,7 @@ pub struct Image {
 
 fn recipe_key() -> String {
     let mut parts: Vec<&[u8]> = vec![SUITE.as_bytes(), GUEST_UNIT.as_bytes(), CUSTOMISE.as_bytes()];
-    for list in [
-        NODE_PACKAGES,
-        CONTAINER_PACKAGES,
-        UNUSED_MODULES,
-        UNUSED_PATHS,
-        MASKED_UNITS,
-    ] {
+    for list in [NODE_PACKAGES, CONTAINER_PACKAGES, UNUSED_MODULES, UNUSED_PATHS, MASKED_UNITS] {
         parts.push(b"--");
         parts.extend(list.iter().map(|s| s.as_bytes()));
     }
@@ -181,8 +175,7 @@ pub fn ensure(paths: &Paths) -> Result<Image> {
         disk: dir.join("root.ext4"),
         kernel: dir.join("vmlinuz"),
         initrd: dir.join("initrd.img"),
-        token: fs::read_to_string(dir.join("token"))
-            .with_context(|| format!("read {}/token", dir.display()))?,
+        token: fs::read_to_string(dir.join("token")).with_context(|| format!("read {}/token", dir.display()))?,
         key,
     })
 }
@@ -211,10 +204,8 @@ fn build(paths: &Paths, dir: &Path) -> Result<()> {
     // Both at once: one waits for the network while the other unpacks.
     let (a, b) = thread::scope(|s| {
         let a = s.spawn(|| {
-            let mut excludes: Vec<String> = UNUSED_MODULES
-                .iter()
-                .map(|m| format!("/usr/lib/modules/*/{m}/*"))
-                .collect();
+            let mut excludes: Vec<String> =
+                UNUSED_MODULES.iter().map(|m| format!("/usr/lib/modules/*/{m}/*")).collect();
             excludes.extend(UNUSED_PATHS.iter().map(|p| p.to_string()));
             let hook = format!("--essential-hook=sh {} \"$1\"", hooks.display());
             debootstrap(&node, &sources, NODE_PACKAGES, &excludes, &[&hook])
@@ -240,10 +231,7 @@ fn build(paths: &Paths, dir: &Path) -> Result<()> {
     fs::write(&unit, GUEST_UNIT)?;
     let wants = node.join("etc/systemd/system/multi-user.target.wants");
     fs::create_dir_all(&wants)?;
-    std::os::unix::fs::symlink(
-        "/etc/systemd/system/lab-guest.service",
-        wants.join("lab-guest.service"),
-    )?;
+    std::os::unix::fs::symlink("/etc/systemd/system/lab-guest.service", wants.join("lab-guest.service"))?;
     let guest = node.join("usr/local/sbin/lab-guest");
     fs::copy(std::env::current_exe()?, &guest)?;
     fs::set_permissions(&guest, fs::Permissions::from_mode(0o755))?;
@@ -259,16 +247,7 @@ fn build(paths: &Paths, dir: &Path) -> Result<()> {
     take_boot_files(&node, dir)?;
 
     run(Command::new("mke2fs")
-        .args([
-            "-q",
-            "-t",
-            "ext4",
-            "-L",
-            "lab",
-            "-E",
-            "lazy_itable_init=0,root_owner=0:0",
-            "-d",
-        ])
+        .args(["-q", "-t", "ext4", "-L", "lab", "-E", "lazy_itable_init=0,root_owner=0:0", "-d"])
         .arg(&node)
         .arg(dir.join("root.ext4"))
         .arg("8G"))?;
@@ -279,13 +258,7 @@ fn build(paths: &Paths, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn debootstrap(
-    out: &Path,
-    sources: &Path,
-    packages: &[&str],
-    excludes: &[String],
-    more: &[&str],
-) -> Result<()> {
+fn debootstrap(out: &Path, sources: &Path, packages: &[&str], excludes: &[String], more: &[&str]) -> Result<()> {
     let log_path = out.with_extension("log");
     let log = fs::File::create(&log_path)?;
     let mut cmd = Command::new("mmdebstrap");
@@ -304,9 +277,7 @@ fn debootstrap(
         let mut tail = String::new();
         let _ = fs::File::open(&log_path).and_then(|mut f| f.read_to_string(&mut tail));
         let from = tail.len().saturating_sub(1500);
-        let from = (from..tail.len())
-            .find(|&i| tail.is_char_boundary(i))
-            .unwrap_or(tail.len());
+        let from = (from..tail.len()).find(|&i| tail.is_char_boundary(i)).unwrap_or(tail.len());
         format!("mmdebstrap failed; end of its log:\n{}", &tail[from..])
     })
 }

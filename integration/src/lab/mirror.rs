@@ -24,10 +24,7 @@ impl Mirror {
             bail!("{KEYRING} is missing: install the package debian-archive-keyring");
         }
         if let Ok(uri) = std::env::var("MIGRRDMA_DEBIAN_MIRROR") {
-            return Ok(Mirror {
-                uri,
-                keyring: KEYRING.into(),
-            });
+            return Ok(Mirror { uri, keyring: KEYRING.into() });
         }
         let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
         if let Ok(dir) = fs::read_dir("/etc/apt/sources.list.d") {
@@ -40,13 +37,8 @@ impl Mirror {
             .flat_map(|text| archive_uris(&text))
             .find(|uri| looks_like_debian(uri));
         match found {
-            Some(uri) => Ok(Mirror {
-                uri,
-                keyring: KEYRING.into(),
-            }),
-            None => bail!(
-                "no Debian archive in /etc/apt; set MIGRRDMA_DEBIAN_MIRROR to the URL of one"
-            ),
+            Some(uri) => Ok(Mirror { uri, keyring: KEYRING.into() }),
+            None => bail!("no Debian archive in /etc/apt; set MIGRRDMA_DEBIAN_MIRROR to the URL of one"),
         }
     }
 
@@ -72,11 +64,7 @@ fn archive_uris(text: &str) -> Vec<String> {
         if let Some(rest) = line.strip_prefix("URIs:") {
             out.extend(rest.split_whitespace().map(str::to_owned));
         } else if line.starts_with("deb ") {
-            out.extend(
-                line.split_whitespace()
-                    .find(|w| w.contains("://"))
-                    .map(str::to_owned),
-            );
+            out.extend(line.split_whitespace().find(|w| w.contains("://")).map(str::to_owned));
         }
     }
     out

@@ -4,6 +4,7 @@
 //! finds a lab that is already up. Addresses and differences between the
 //! nodes are in [`topology`], the traps of the links in [`qemu`].
 
+pub mod bundle;
 pub mod deploy;
 pub mod guest;
 pub mod image;
@@ -79,14 +80,10 @@ impl Lab {
         let Some(state) = read_state(paths)? else {
             return Ok(None);
         };
-        if state.machines.len() != NODES.len() || !state.machines.iter().all(|m| m.process.alive())
-        {
+        if state.machines.len() != NODES.len() || !state.machines.iter().all(|m| m.process.alive()) {
             return Ok(None);
         }
-        Ok(Some(Lab {
-            paths: paths.clone(),
-            state,
-        }))
+        Ok(Some(Lab { paths: paths.clone(), state }))
     }
 
     /// Ends the lab. Not being up is no error.
@@ -105,9 +102,7 @@ impl Lab {
     pub fn reset(&mut self, which: &[&'static NodeSpec]) -> Result<()> {
         let _lock = lock(&self.paths)?;
         let (image, snapshots) = prepare(&self.paths)?;
-        let all = which.is_empty()
-            || which.iter().any(|n| n.name == HUB)
-            || !qemu::links_reconnect(&qemu::version()?);
+        let all = which.is_empty() || which.iter().any(|n| n.name == HUB) || !qemu::links_reconnect(&qemu::version()?);
         if all {
             end_machines(&self.paths)?;
             *self = start_all(self.paths.clone(), &image, &snapshots)?;
@@ -125,10 +120,8 @@ impl Lab {
             }
             self.save()?;
         }
-        let nodes: Vec<(Node, Machine)> = which
-            .iter()
-            .map(|s| Ok((self.handle(s)?, self.machine(s)?.clone())))
-            .collect::<Result<_>>()?;
+        let nodes: Vec<(Node, Machine)> =
+            which.iter().map(|s| Ok((self.handle(s)?, self.machine(s)?.clone()))).collect::<Result<_>>()?;
         await_nodes(&nodes)
     }
 
@@ -157,11 +150,7 @@ impl Lab {
     }
 
     fn handle(&self, spec: &'static NodeSpec) -> Result<Node> {
-        Ok(Node::new(
-            spec,
-            self.machine(spec)?.port,
-            self.state.token.clone(),
-        ))
+        Ok(Node::new(spec, self.machine(spec)?.port, self.state.token.clone()))
     }
 
     fn save(&self) -> Result<()> {
@@ -177,9 +166,7 @@ pub fn prepare(paths: &Paths) -> Result<(Image, Snapshots)> {
     // One builder at a time, whatever the instance.
     fs::create_dir_all(paths.lab())?;
     let file = fs::File::create(paths.lab().join("build.lock"))?;
-    let _lock = Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, e)| e)
-        .context("lock the lab's cache")?;
+    let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e).context("lock the lab's cache")?;
     let image = image::ensure(paths)?;
     let snapshots = snapshot::ensure(paths, &image, Accel::Tcg)?;
     Ok((image, snapshots))
@@ -188,9 +175,7 @@ pub fn prepare(paths: &Paths) -> Result<(Image, Snapshots)> {
 fn lock(paths: &Paths) -> Result<Flock<fs::File>> {
     fs::create_dir_all(paths.run())?;
     let file = fs::File::create(paths.run().join("lock"))?;
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, e)| e)
-        .context("lock the lab instance")
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e).context("lock the lab instance")
 }
 
 fn read_state(paths: &Paths) -> Result<Option<State>> {
@@ -233,13 +218,7 @@ fn start_one(
 
 fn start_all(paths: Paths, image: &Image, snapshots: &Snapshots) -> Result<Lab> {
     let sockets = paths.sockets()?;
-    let mut lab = Lab {
-        paths,
-        state: State {
-            token: image.token.clone(),
-            machines: Vec::new(),
-        },
-    };
+    let mut lab = Lab { paths, state: State { token: image.token.clone(), machines: Vec::new() } };
     let started = (|| {
         for spec in snapshot::in_start_order() {
             let machine = start_one(&lab.paths, image, snapshots, &sockets, spec)?;
@@ -274,20 +253,19 @@ fn await_nodes(nodes: &[(Node, Machine)]) -> Result<()> {
             .iter()
             .map(|(node, machine)| {
                 s.spawn(move || -> Result<()> {
-                    Qmp::connect(&machine.monitor, Duration::from_secs(20))?
-                        .wait_running(RESTORE_LIMIT)
-                        .with_context(|| {
+                    Qmp::connect(&machine.monitor, Duration::from_secs(20))?.wait_running(RESTORE_LIMIT).with_context(
+                        || {
                             let said = fs::read_to_string(&machine.errors).unwrap_or_default();
                             format!("restore {}: {said}", machine.node)
-                        })?;
+                        },
+                    )?;
                     snapshot::wait_for_node(node, machine, RESTORE_LIMIT)?;
                     node.set_clock()
                 })
             })
             .collect();
         for h in handles {
-            h.join()
-                .map_err(|_| anyhow::anyhow!("restore thread panicked"))??;
+            h.join().map_err(|_| anyhow::anyhow!("restore thread panicked"))??;
         }
         Ok(())
     })

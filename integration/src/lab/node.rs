@@ -86,25 +86,15 @@ impl Node {
             .with_context(|| format!("connect to {}'s control channel", self.name()))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(idle)?;
-        let hello = Hello {
-            version: WIRE_VERSION,
-            token: self.token.clone(),
-            request,
-        };
+        let hello = Hello { version: WIRE_VERSION, token: self.token.clone(), request };
         wire::send(&mut stream, Tag::Hello, &serde_json::to_vec(&hello)?)?;
         Ok(stream)
     }
 
     /// Reads frames to the end, handing output to `sink`.
-    fn conclude(
-        &self,
-        stream: &mut TcpStream,
-        mut sink: impl FnMut(Tag, &[u8]) -> Result<()>,
-    ) -> Result<Done> {
+    fn conclude(&self, stream: &mut TcpStream, mut sink: impl FnMut(Tag, &[u8]) -> Result<()>) -> Result<Done> {
         loop {
-            match wire::receive(stream)
-                .with_context(|| format!("{}: control channel", self.name()))?
-            {
+            match wire::receive(stream).with_context(|| format!("{}: control channel", self.name()))? {
                 Some((Tag::Stdout, b)) => sink(Tag::Stdout, &b)?,
                 Some((Tag::Stderr, b)) => sink(Tag::Stderr, &b)?,
                 Some((Tag::Done, b)) => return Ok(serde_json::from_slice(&b)?),
@@ -126,9 +116,7 @@ impl Node {
     /// Sets the node's clock to this machine's.
     pub fn set_clock(&self) -> Result<()> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-        let request = Request::SetClock {
-            unix_nanos: now.as_nanos() as u64,
-        };
+        let request = Request::SetClock { unix_nanos: now.as_nanos() as u64 };
         let mut stream = self.open(request, Some(Duration::from_secs(10)))?;
         self.conclude(&mut stream, |_, _| Ok(())).map(|_| ())
     }
@@ -176,11 +164,7 @@ impl Node {
             }
             Ok(())
         })?;
-        Ok(Output {
-            done,
-            stdout,
-            stderr,
-        })
+        Ok(Output { done, stdout, stderr })
     }
 
     /// Runs a program with this process's own standard streams.
@@ -216,10 +200,7 @@ impl Node {
     /// Starts a program and returns at once; it is ended when the returned
     /// value is dropped.
     pub fn spawn<S: AsRef<str>>(&self, argv: &[S]) -> Result<Running> {
-        self.spawn_exec(Exec {
-            argv: argv.iter().map(|s| s.as_ref().to_owned()).collect(),
-            ..Exec::default()
-        })
+        self.spawn_exec(Exec { argv: argv.iter().map(|s| s.as_ref().to_owned()).collect(), ..Exec::default() })
     }
 
     /// [`Node::spawn`] with every option.
@@ -243,11 +224,7 @@ impl Node {
             p.end = Some(end.map_err(|e| format!("{e:#}")));
             to.1.notify_all();
         });
-        Ok(Running {
-            what: format!("{}: `{what}`", self.name()),
-            control,
-            shared,
-        })
+        Ok(Running { what: format!("{}: `{what}`", self.name()), control, shared })
     }
 
     /// Writes a file on the node, replacing it whole.
@@ -256,10 +233,7 @@ impl Node {
     }
 
     fn write_from(&self, remote: &str, mode: u32, from: &mut impl Read) -> Result<()> {
-        let request = Request::Write {
-            path: remote.to_owned(),
-            mode,
-        };
+        let request = Request::Write { path: remote.to_owned(), mode };
         let mut stream = self.open(request, Some(DEFAULT_TIMEOUT))?;
         let mut buf = vec![0u8; 256 * 1024];
         let mut sent = Ok(());
@@ -282,9 +256,7 @@ impl Node {
 
     /// Reads a regular file from the node; returns bytes and mode.
     pub fn read(&self, remote: &str) -> Result<(Vec<u8>, u32)> {
-        let request = Request::Read {
-            path: remote.to_owned(),
-        };
+        let request = Request::Read { path: remote.to_owned() };
         let mut stream = self.open(request, Some(DEFAULT_TIMEOUT))?;
         let mut bytes = Vec::new();
         let done = self.conclude(&mut stream, |_, b| {
@@ -312,15 +284,7 @@ impl Node {
             .context("run tar")?;
         let mut from = tar.stdout.take().context("tar's output")?;
         let unpack = Exec {
-            argv: [
-                "sh",
-                "-c",
-                "mkdir -p \"$1\" && exec tar -C \"$1\" -xpf -",
-                "sh",
-                remote,
-            ]
-            .map(String::from)
-            .to_vec(),
+            argv: ["sh", "-c", "mkdir -p \"$1\" && exec tar -C \"$1\" -xpf -", "sh", remote].map(String::from).to_vec(),
             stdin: true,
             ..Exec::default()
         };
@@ -369,9 +333,7 @@ impl Node {
             .context("run tar")?;
         let mut to = tar.stdin.take().context("tar's input")?;
         let pack = Exec {
-            argv: ["tar", "-C", remote, "--numeric-owner", "-cf", "-", "."]
-                .map(String::from)
-                .to_vec(),
+            argv: ["tar", "-C", remote, "--numeric-owner", "-cf", "-", "."].map(String::from).to_vec(),
             ..Exec::default()
         };
         let mut stream = self.open(Request::Exec(pack), None)?;
@@ -448,34 +410,20 @@ impl Running {
         })
         .with_context(|| format!("{}: waited for {text:?}", self.what))?
         .map_err(|()| {
-            anyhow::anyhow!(
-                "{} ended before it said {text:?}\n{}{}",
-                self.what,
-                self.stdout(),
-                self.stderr()
-            )
+            anyhow::anyhow!("{} ended before it said {text:?}\n{}{}", self.what, self.stdout(), self.stderr())
         })
     }
 
     /// Waits for its end; an error when `wait` passes first.
     pub fn wait(&self, wait: Duration) -> Result<Output> {
-        let end = self
-            .wait_until(wait, |p| p.end.clone())
-            .with_context(|| format!("{}: waited for its end", self.what))?;
+        let end =
+            self.wait_until(wait, |p| p.end.clone()).with_context(|| format!("{}: waited for its end", self.what))?;
         let done = end.map_err(|e| anyhow::anyhow!("{}: {e}", self.what))?;
         let p = self.shared.0.lock().unwrap_or_else(|e| e.into_inner());
-        Ok(Output {
-            done,
-            stdout: p.stdout.clone(),
-            stderr: p.stderr.clone(),
-        })
+        Ok(Output { done, stdout: p.stdout.clone(), stderr: p.stderr.clone() })
     }
 
-    fn wait_until<T>(
-        &self,
-        wait: Duration,
-        mut ready: impl FnMut(&Progress) -> Option<T>,
-    ) -> Result<T> {
+    fn wait_until<T>(&self, wait: Duration, mut ready: impl FnMut(&Progress) -> Option<T>) -> Result<T> {
         let deadline = Instant::now() + wait;
         let mut p = self.shared.0.lock().unwrap_or_else(|e| e.into_inner());
         loop {
@@ -490,12 +438,7 @@ impl Running {
                     String::from_utf8_lossy(&p.stderr)
                 );
             }
-            p = self
-                .shared
-                .1
-                .wait_timeout(p, left)
-                .unwrap_or_else(|e| e.into_inner())
-                .0;
+            p = self.shared.1.wait_timeout(p, left).unwrap_or_else(|e| e.into_inner()).0;
         }
     }
 }

@@ -24,27 +24,16 @@ pub struct Paths {
 impl Paths {
     /// Paths of this checkout. The instance comes from `MIGRRDMA_LAB`.
     pub fn new() -> Result<Paths> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .parent()
-            .context("workspace root")?
-            .to_path_buf();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("workspace root")?.to_path_buf();
         let target = match std::env::var_os("CARGO_TARGET_DIR") {
             Some(dir) => root.join(dir),
             None => root.join("target"),
         };
         let instance = std::env::var("MIGRRDMA_LAB").unwrap_or_else(|_| "default".into());
-        if instance.is_empty()
-            || !instance
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-        {
+        if instance.is_empty() || !instance.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_') {
             bail!("MIGRRDMA_LAB={instance:?}: use letters, digits, '-' and '_'");
         }
-        Ok(Paths {
-            root,
-            target,
-            instance,
-        })
+        Ok(Paths { root, target, instance })
     }
 
     /// Everything of the lab that is worth caching.

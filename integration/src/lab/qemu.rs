@@ -119,15 +119,8 @@ pub struct Machine {
 
 /// First line of `qemu-system-x86_64 --version`.
 pub fn version() -> Result<String> {
-    let out = Command::new(QEMU)
-        .arg("--version")
-        .output()
-        .with_context(|| format!("run {QEMU}"))?;
-    Ok(String::from_utf8_lossy(&out.stdout)
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .to_owned())
+    let out = Command::new(QEMU).arg("--version").output().with_context(|| format!("run {QEMU}"))?;
+    Ok(String::from_utf8_lossy(&out.stdout).lines().next().unwrap_or_default().to_owned())
 }
 
 /// Option that makes a stream link come back when the other QEMU is
@@ -171,15 +164,10 @@ pub fn launch(l: &Launch) -> Result<Machine> {
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", monitor.display()))
         .arg("-drive")
-        .arg(format!(
-            "if=none,id=disk,format=qcow2,cache=unsafe,discard=unmap,file={}",
-            l.disk.display()
-        ))
+        .arg(format!("if=none,id=disk,format=qcow2,cache=unsafe,discard=unmap,file={}", l.disk.display()))
         .args(["-device", "virtio-blk-pci,drive=disk"])
         .arg("-netdev")
-        .arg(format!(
-            "user,id=ctl,restrict=on,ipv6=off,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{GUEST_PORT}"
-        ))
+        .arg(format!("user,id=ctl,restrict=on,ipv6=off,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{GUEST_PORT}"))
         .arg("-device")
         .arg(format!("virtio-net-pci,netdev=ctl,mac={}", l.node.mac(0)));
     match l.accel {
@@ -188,24 +176,15 @@ pub fn launch(l: &Launch) -> Result<Machine> {
     };
     for (number, net) in [(1u8, "rdma"), (2u8, "lan")] {
         link_arguments(&mut cmd, l, net)?;
-        cmd.arg("-device").arg(format!(
-            "virtio-net-pci,netdev={net},mac={},rx_queue_size=1024",
-            l.node.mac(number)
-        ));
+        cmd.arg("-device").arg(format!("virtio-net-pci,netdev={net},mac={},rx_queue_size=1024", l.node.mac(number)));
     }
-    cmd.arg("-kernel")
-        .arg(&l.image.kernel)
-        .arg("-initrd")
-        .arg(&l.image.initrd)
-        .arg("-append")
-        .arg(format!(
-            "root=/dev/vda rw rootfstype=ext4 console=ttyS0 net.ifnames=0 mitigations=off \
+    cmd.arg("-kernel").arg(&l.image.kernel).arg("-initrd").arg(&l.image.initrd).arg("-append").arg(format!(
+        "root=/dev/vda rw rootfstype=ext4 console=ttyS0 net.ifnames=0 mitigations=off \
              audit=0 apparmor=0 tsc=reliable random.trust_cpu=on loglevel=4 \
              systemd.hostname={name} systemd.show_status=0"
-        ));
+    ));
     if let Some(state) = l.incoming {
-        cmd.arg("-incoming")
-            .arg(format!("exec:cat '{}'", state.display()));
+        cmd.arg("-incoming").arg(format!("exec:cat '{}'", state.display()));
     }
     // Its own process group: Ctrl-C at the terminal must not reach it.
     let child = cmd
@@ -244,16 +223,9 @@ fn link_arguments(cmd: &mut Command, l: &Launch, net: &str) -> Result<()> {
         let path = socket(other.name);
         let _ = fs::remove_file(&path);
         cmd.arg("-netdev")
-            .arg(format!(
-                "stream,id={net}-{0},server=on,addr.type=unix,addr.path={1}",
-                other.name,
-                path.display()
-            ))
+            .arg(format!("stream,id={net}-{0},server=on,addr.type=unix,addr.path={1}", other.name, path.display()))
             .arg("-netdev")
-            .arg(format!(
-                "hubport,id={net}-port-{0},hubid={hub},netdev={net}-{0}",
-                other.name
-            ));
+            .arg(format!("hubport,id={net}-port-{0},hubid={hub},netdev={net}-{0}", other.name));
     }
     Ok(())
 }
@@ -288,20 +260,14 @@ mod tests {
     fn the_reconnect_option_follows_the_qemu_version() {
         assert_eq!(reconnect_option("QEMU emulator version 7.2.22 (Debian)"), "");
         assert_eq!(reconnect_option("QEMU emulator version 8.2.0"), ",reconnect=1");
-        assert_eq!(
-            reconnect_option("QEMU emulator version 10.0.2 (Debian x)"),
-            ",reconnect-ms=100"
-        );
+        assert_eq!(reconnect_option("QEMU emulator version 10.0.2 (Debian x)"), ",reconnect-ms=100");
     }
 
     #[test]
     fn a_process_is_known_by_pid_and_start_time() {
         let me = Process::of(std::process::id() as i32).unwrap();
         assert!(me.alive());
-        let imposter = Process {
-            start_time: me.start_time + 1,
-            ..me
-        };
+        let imposter = Process { start_time: me.start_time + 1, ..me };
         assert!(!imposter.alive());
     }
 }

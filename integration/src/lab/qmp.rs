@@ -24,17 +24,13 @@ impl Qmp {
             match UnixStream::connect(path) {
                 Ok(s) => break s,
                 Err(e) if Instant::now() >= deadline => {
-                    return Err(e)
-                        .with_context(|| format!("connect to QEMU's monitor {}", path.display()));
+                    return Err(e).with_context(|| format!("connect to QEMU's monitor {}", path.display()));
                 }
                 Err(_) => thread::sleep(Duration::from_millis(20)),
             }
         };
         stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-        let mut qmp = Qmp {
-            writer: stream.try_clone()?,
-            reader: BufReader::new(stream),
-        };
+        let mut qmp = Qmp { writer: stream.try_clone()?, reader: BufReader::new(stream) };
         qmp.line().context("QEMU's monitor greeting")?;
         qmp.command("qmp_capabilities", json!({}))?;
         Ok(qmp)
@@ -42,12 +38,7 @@ impl Qmp {
 
     fn line(&mut self) -> Result<Value> {
         let mut line = String::new();
-        if self
-            .reader
-            .read_line(&mut line)
-            .context("read QEMU's monitor")?
-            == 0
-        {
+        if self.reader.read_line(&mut line).context("read QEMU's monitor")? == 0 {
             bail!("QEMU closed its monitor");
         }
         serde_json::from_str(&line).with_context(|| format!("QEMU's monitor said {line:?}"))
@@ -92,14 +83,8 @@ impl Qmp {
     /// Stops the machine and writes its memory and devices to `file`.
     pub fn save_state(&mut self, file: &Path, wait: Duration) -> Result<()> {
         self.command("stop", json!({}))?;
-        self.command(
-            "migrate-set-parameters",
-            json!({"max-bandwidth": 8_u64 << 30}),
-        )?;
-        self.command(
-            "migrate",
-            json!({"uri": format!("exec:cat > '{}'", file.display())}),
-        )?;
+        self.command("migrate-set-parameters", json!({"max-bandwidth": 8_u64 << 30}))?;
+        self.command("migrate", json!({"uri": format!("exec:cat > '{}'", file.display())}))?;
         let deadline = Instant::now() + wait;
         loop {
             let status = self.command("query-migrate", json!({}))?;

@@ -47,10 +47,7 @@ impl Snapshots {
 /// Makes a copy-on-write disk over `backing`.
 pub fn overlay(backing: &Path, backing_format: &str, to: &Path) -> Result<()> {
     let _ = fs::remove_file(to);
-    run(Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "-F", backing_format, "-b"])
-        .arg(backing)
-        .arg(to))
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", backing_format, "-b"]).arg(backing).arg(to))
 }
 
 /// Returns the saved nodes, booting and saving them when there are none for
@@ -58,10 +55,7 @@ pub fn overlay(backing: &Path, backing_format: &str, to: &Path) -> Result<()> {
 pub fn ensure(paths: &Paths, image: &Image, accel: Accel) -> Result<Snapshots> {
     let qemu_version = qemu::version()?;
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let cpu = cpu
-        .lines()
-        .find(|l| l.starts_with("model name"))
-        .unwrap_or_default();
+    let cpu = cpu.lines().find(|l| l.starts_with("model name")).unwrap_or_default();
     let scripts: String = NODES.iter().map(NodeSpec::setup_script).collect();
     let key = content_key(&[
         image.key.as_bytes(),
@@ -73,10 +67,7 @@ pub fn ensure(paths: &Paths, image: &Image, accel: Accel) -> Result<Snapshots> {
         format!("{accel:?}").as_bytes(),
     ]);
     let dir = paths.lab().join(format!("nodes-{key}"));
-    let snapshots = Snapshots {
-        dir: dir.clone(),
-        accel,
-    };
+    let snapshots = Snapshots { dir: dir.clone(), accel };
     if dir.join("complete").exists() {
         return Ok(snapshots);
     }
@@ -104,12 +95,7 @@ pub fn ensure(paths: &Paths, image: &Image, accel: Accel) -> Result<Snapshots> {
     Ok(snapshots)
 }
 
-fn boot_all(
-    image: &Image,
-    snapshots: &Snapshots,
-    sockets: &Path,
-    machines: &mut Vec<Machine>,
-) -> Result<()> {
+fn boot_all(image: &Image, snapshots: &Snapshots, sockets: &Path, machines: &mut Vec<Machine>) -> Result<()> {
     for spec in in_start_order() {
         let disk = snapshots.disk(spec);
         overlay(&image.disk, "raw", &disk)?;
@@ -127,10 +113,7 @@ fn boot_all(
         }
     }
     thread::scope(|s| {
-        let handles: Vec<_> = machines
-            .iter()
-            .map(|m| s.spawn(|| configure(m, image)))
-            .collect();
+        let handles: Vec<_> = machines.iter().map(|m| s.spawn(|| configure(m, image))).collect();
         handles
             .into_iter()
             .map(|h| h.join().map_err(|_| anyhow::anyhow!("boot thread panicked"))?)
@@ -186,7 +169,6 @@ fn configure(machine: &Machine, image: &Image) -> Result<()> {
     // Until the last unit has settled, so that nothing starts later.
     node.sh("systemctl is-system-running --wait || true")?;
     node.write("/usr/local/sbin/lab-setup", 0o755, spec.setup_script().as_bytes())?;
-    node.check(&["sh", "-x", "/usr/local/sbin/lab-setup"])
-        .with_context(|| format!("configure {}", spec.name))?;
+    node.check(&["sh", "-x", "/usr/local/sbin/lab-setup"]).with_context(|| format!("configure {}", spec.name))?;
     Ok(())
 }

@@ -22,27 +22,9 @@ pub struct NodeSpec {
 /// The three machines. `dst` is made unlike the others on purpose, so that a
 /// number that should have been translated does not pass by luck.
 pub const NODES: [NodeSpec; 3] = [
-    NodeSpec {
-        name: "src",
-        number: 1,
-        rdma_device: "rxe0",
-        uverbs: "uverbs0",
-        gid_index: 1,
-    },
-    NodeSpec {
-        name: "dst",
-        number: 2,
-        rdma_device: "rxe1",
-        uverbs: "uverbs1",
-        gid_index: 3,
-    },
-    NodeSpec {
-        name: "peer",
-        number: 3,
-        rdma_device: "rxe0",
-        uverbs: "uverbs0",
-        gid_index: 1,
-    },
+    NodeSpec { name: "src", number: 1, rdma_device: "rxe0", uverbs: "uverbs0", gid_index: 1 },
+    NodeSpec { name: "dst", number: 2, rdma_device: "rxe1", uverbs: "uverbs1", gid_index: 3 },
+    NodeSpec { name: "peer", number: 3, rdma_device: "rxe0", uverbs: "uverbs0", gid_index: 1 },
 ];
 
 /// The node whose QEMU joins the links of the other two.

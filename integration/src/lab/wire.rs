@@ -125,12 +125,7 @@ pub struct Done {
 impl Done {
     /// A request that simply succeeded.
     pub fn ok() -> Done {
-        Done {
-            code: Some(0),
-            signal: None,
-            timed_out: false,
-            mode: None,
-        }
+        Done { code: Some(0), signal: None, timed_out: false, mode: None }
     }
 }
 
@@ -181,10 +176,7 @@ mod tests {
         send(&mut buf, Tag::Stdout, b"hello").unwrap();
         send(&mut buf, Tag::InputEnd, b"").unwrap();
         let mut r = buf.as_slice();
-        assert_eq!(
-            receive(&mut r).unwrap(),
-            Some((Tag::Stdout, b"hello".to_vec()))
-        );
+        assert_eq!(receive(&mut r).unwrap(), Some((Tag::Stdout, b"hello".to_vec())));
         assert_eq!(receive(&mut r).unwrap(), Some((Tag::InputEnd, vec![])));
         assert_eq!(receive(&mut r).unwrap(), None);
     }
@@ -193,10 +185,7 @@ mod tests {
     fn an_oversized_length_is_refused_before_it_is_allocated() {
         let mut frame = u32::MAX.to_le_bytes().to_vec();
         frame.push(Tag::Input as u8);
-        assert_eq!(
-            receive(&mut frame.as_slice()).unwrap_err().kind(),
-            io::ErrorKind::InvalidData
-        );
+        assert_eq!(receive(&mut frame.as_slice()).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]
