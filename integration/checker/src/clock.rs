@@ -28,18 +28,12 @@ impl Reading {
     #[expect(unsafe_code, reason = "std hides the value of CLOCK_MONOTONIC")]
     pub fn now() -> Self {
         let get = |id| {
-            let mut t = libc::timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            };
+            let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
             // SAFETY: the out parameter is valid.
             unsafe { libc::clock_gettime(id, &raw mut t) };
             t.tv_sec * 1_000_000_000 + t.tv_nsec
         };
-        Self {
-            mono: get(libc::CLOCK_MONOTONIC),
-            wall: get(libc::CLOCK_REALTIME),
-        }
+        Self { mono: get(libc::CLOCK_MONOTONIC), wall: get(libc::CLOCK_REALTIME) }
     }
 }
 
@@ -78,10 +72,7 @@ impl Clock {
     pub fn new(start: Reading) -> Self {
         Self {
             now_ns: AtomicU64::new(0),
-            inner: Mutex::new(Inner {
-                last: start,
-                stamps: Stamps::default(),
-            }),
+            inner: Mutex::new(Inner { last: start, stamps: Stamps::default() }),
             stop: AtomicBool::new(false),
         }
     }
@@ -120,8 +111,7 @@ impl Clock {
         }
         s.max_mono_ns = s.max_mono_ns.max(mono);
         s.max_wall_ns = s.max_wall_ns.max(wall);
-        self.now_ns
-            .fetch_add(u64::try_from(step).unwrap_or(0), Ordering::Relaxed);
+        self.now_ns.fetch_add(u64::try_from(step).unwrap_or(0), Ordering::Relaxed);
     }
 
     /// What the stamps have shown so far.
@@ -149,10 +139,7 @@ mod tests {
     use super::*;
 
     fn at(mono_ms: i64, wall_ms: i64) -> Reading {
-        Reading {
-            mono: mono_ms * 1_000_000,
-            wall: wall_ms * 1_000_000,
-        }
+        Reading { mono: mono_ms * 1_000_000, wall: wall_ms * 1_000_000 }
     }
 
     #[test]

@@ -135,11 +135,7 @@ impl Lane {
         let n = self.tracker.len();
         let mut text = format!("lane {}: {n} outstanding", self.id);
         for (id, signalled, p) in self.tracker.outstanding().take(4) {
-            text += &format!(
-                ", {:?} wr_id {id:#x}{}",
-                p.opcode,
-                if signalled { "" } else { " unsignalled" }
-            );
+            text += &format!(", {:?} wr_id {id:#x}{}", p.opcode, if signalled { "" } else { " unsignalled" });
         }
         text
     }
@@ -156,9 +152,7 @@ impl Lane {
                 return Ok(result);
             }
             result.posted += n;
-            self.batch
-                .post(&link.qp)
-                .map_err(|e| format!("{link}: {e}; {}", self.outstanding()))?;
+            self.batch.post(&link.qp).map_err(|e| format!("{link}: {e}; {}", self.outstanding()))?;
             // An inline payload belongs to the library once the call returned.
             for (buffer, len) in self.scribble.drain(..) {
                 link.send_memory.set(link.buffer(self.id, buffer), len as usize, 0xdd);
@@ -279,13 +273,7 @@ impl Lane {
             Op::SendImm => Kind::MessageImm,
             _ => Kind::WriteImm,
         };
-        let stamp = Stamp {
-            from: self.side,
-            kind,
-            qp: self.qp,
-            lane: self.id,
-            seq,
-        };
+        let stamp = Stamp { from: self.side, kind, qp: self.qp, lane: self.id, seq };
         let mut content = std::mem::take(&mut self.content);
         content.resize(pattern::message_len(seq, w.msg_size as usize), 0);
         pattern::fill(&mut content, &stamp);
@@ -326,7 +314,16 @@ impl Lane {
 
     /// Queues an operation that carries `content` (or nothing).
     #[expect(clippy::too_many_arguments, reason = "one private call that spells a request out")]
-    fn push(&mut self, link: &Link, w: &Workload, verb: Verb, content: &[u8], last: bool, solicited: bool, check: Check) {
+    fn push(
+        &mut self,
+        link: &Link,
+        w: &Workload,
+        verb: Verb,
+        content: &[u8],
+        last: bool,
+        solicited: bool,
+        check: Check,
+    ) {
         if let Some(&buffer) = self.free.last() {
             link.send_memory.write(link.buffer(self.id, buffer), content);
         }
@@ -335,7 +332,17 @@ impl Lane {
     }
 
     #[expect(clippy::too_many_arguments, reason = "one private call that spells a request out")]
-    fn enqueue(&mut self, link: &Link, w: &Workload, verb: Verb, len: usize, inline: bool, last: bool, solicited: bool, check: Check) {
+    fn enqueue(
+        &mut self,
+        link: &Link,
+        w: &Workload,
+        verb: Verb,
+        len: usize,
+        inline: bool,
+        last: bool,
+        solicited: bool,
+        check: Check,
+    ) {
         let Some(buffer) = self.free.pop() else { return };
         let seq = self.next_wr;
         self.next_wr += 1;
@@ -346,41 +353,21 @@ impl Lane {
         if signalled {
             self.since_signal = 0;
         }
-        let wr_id = WrId::Send {
-            qp: self.qp,
-            lane: self.id,
-            seq,
-        }
-        .encode();
+        let wr_id = WrId::Send { qp: self.qp, lane: self.id, seq }.encode();
         let len32 = u32::try_from(len).unwrap_or(u32::MAX);
         let addr = link.send_memory.addr(link.buffer(self.id, buffer));
-        let whole = Sge {
-            addr,
-            len: len32,
-            lkey: link.send_mr.fields().lkey,
-        };
-        let split = w.two_sge && !inline && len > 2 * HEADER && seq % 3 == 0;
+        let whole = Sge { addr, len: len32, lkey: link.send_mr.fields().lkey };
+        let split = w.two_sge && !inline && len > 2 * HEADER && seq.is_multiple_of(3);
         let sges = if split {
             let head = HEADER as u32;
             [
                 Sge { len: head, ..whole },
-                Sge {
-                    addr: addr + u64::from(head),
-                    len: len32 - head,
-                    lkey: link.second_mr.fields().lkey,
-                },
+                Sge { addr: addr + u64::from(head), len: len32 - head, lkey: link.second_mr.fields().lkey },
             ]
         } else {
             [whole, Sge::default()]
         };
-        self.batch.push(&Wr {
-            wr_id,
-            verb,
-            sges,
-            signalled,
-            inline,
-            solicited,
-        });
+        self.batch.push(&Wr { wr_id, verb, sges, signalled, inline, solicited });
         if inline {
             self.scribble.push((buffer, len32));
         }
@@ -391,12 +378,7 @@ impl Lane {
             Verb::FetchAdd(..) => WcOpcode::FetchAdd,
             Verb::CompareSwap(..) => WcOpcode::CompareSwap,
         };
-        let pending = Pending {
-            opcode,
-            len: len32,
-            buffer: Some(buffer),
-            check,
-        };
+        let pending = Pending { opcode, len: len32, buffer: Some(buffer), check };
         self.tracker.post(wr_id, signalled, pending);
     }
 
@@ -475,10 +457,7 @@ impl Lane {
                 let got = link.send_memory.load(at);
                 if got != expect {
                     let what = if chain { "CMP_SWP" } else { "FETCH_ADD" };
-                    fail(format!(
-                        "{link}: {what} of lane {} fetched {got:#x} instead of {expect:#x}",
-                        self.id
-                    ));
+                    fail(format!("{link}: {what} of lane {} fetched {got:#x} instead of {expect:#x}", self.id));
                 }
                 stats.op(&stats.atomics, bytes);
             }
@@ -489,13 +468,7 @@ impl Lane {
 /// Stamp of the slot that never changes.
 #[must_use]
 pub fn known(owner: Side, qp: u16, lane: u8) -> Stamp {
-    Stamp {
-        from: owner,
-        kind: Kind::Known,
-        qp,
-        lane,
-        seq: 0,
-    }
+    Stamp { from: owner, kind: Kind::Known, qp, lane, seq: 0 }
 }
 
 /// Immediate data of a message: the lane in the upper 4 bits, then the number.

@@ -119,9 +119,7 @@ impl Link {
             shared_memory: p.shared.0,
             shared_mr: p.shared.1,
             pool: p.pool,
-            lanes: (0..w.lanes())
-                .map(|l| Mutex::new(Lane::new(side, index, l, w)))
-                .collect(),
+            lanes: (0..w.lanes()).map(|l| Mutex::new(Lane::new(side, index, l, w))).collect(),
             receiver: Mutex::new(Receiver::new(side, index, w)),
             control: Mutex::new(Control {
                 tracker: Tracker::default(),
@@ -173,20 +171,13 @@ impl Link {
         }
         let consumed = self.shared_memory.load(self.layout.credit());
         let limit = consumed + u64::from(w.recv_depth);
-        self.credits_taken
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
-                (n < limit).then_some(n + 1)
-            })
-            .ok()
+        self.credits_taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < limit).then_some(n + 1)).ok()
     }
 
     /// Messages sent, and messages the peer said it consumed.
     #[must_use]
     pub fn credits(&self) -> (u64, u64) {
-        (
-            self.credits_taken.load(Ordering::Relaxed),
-            self.shared_memory.load(self.layout.credit()),
-        )
+        (self.credits_taken.load(Ordering::Relaxed), self.shared_memory.load(self.layout.credit()))
     }
 
     /// Tells the peer how many of its messages were consumed, when it is worth telling and there is
@@ -208,31 +199,15 @@ impl Link {
         };
         let at = Self::send_bytes(w) - 64 * (usize::from(buffer) + 1);
         self.send_memory.write(at, &consumed.to_le_bytes());
-        let wr_id = WrId::Send {
-            qp: self.index,
-            lane: CONTROL,
-            seq: c.next_wr,
-        }
-        .encode();
+        let wr_id = WrId::Send { qp: self.index, lane: CONTROL, seq: c.next_wr }.encode();
         c.next_wr += 1;
         c.told = consumed;
         c.tracker.post(wr_id, true, buffer);
         let inline = self.inline >= 8;
         c.batch.push(&Wr {
             wr_id,
-            verb: Verb::Write(
-                self.remote().addr + self.layout.credit() as u64,
-                self.remote().rkey,
-                None,
-            ),
-            sges: [
-                Sge {
-                    addr: self.send_memory.addr(at),
-                    len: 8,
-                    lkey: self.send_mr.fields().lkey,
-                },
-                Sge::default(),
-            ],
+            verb: Verb::Write(self.remote().addr + self.layout.credit() as u64, self.remote().rkey, None),
+            sges: [Sge { addr: self.send_memory.addr(at), len: 8, lkey: self.send_mr.fields().lkey }, Sge::default()],
             signalled: true,
             inline,
             solicited: false,

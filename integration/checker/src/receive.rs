@@ -66,17 +66,8 @@ impl Pool {
         self.memory.set(at, HEADER, 0xee);
         let turn = &mut s.turns[usize::from(slot)];
         *turn = (*turn + 1) & 0xff_ffff;
-        let wr_id = WrId::Recv {
-            owner: self.owner,
-            slot,
-            turn: *turn,
-        }
-        .encode();
-        let sge = Sge {
-            addr: self.memory.addr(at),
-            len: self.len,
-            lkey: self.mr.fields().lkey,
-        };
+        let wr_id = WrId::Recv { owner: self.owner, slot, turn: *turn }.encode();
+        let sge = Sge { addr: self.memory.addr(at), len: self.len, lkey: self.mr.fields().lkey };
         s.batch.push(wr_id, sge);
         s.posted.push_back(wr_id);
     }
@@ -87,9 +78,7 @@ impl Pool {
     /// As the library says.
     pub fn post(&self, link: &Link) -> Result<(), String> {
         let mut s = crate::failure::lock(&self.state);
-        s.batch
-            .post(&link.qp, self.srq.as_ref())
-            .map_err(|e| format!("{link}: {e}; {} RECVs posted", s.posted.len()))
+        s.batch.post(&link.qp, self.srq.as_ref()).map_err(|e| format!("{link}: {e}; {} RECVs posted", s.posted.len()))
     }
 
     /// RECVs posted and not consumed.
@@ -107,10 +96,14 @@ impl Pool {
             Some(i) => {
                 let due = s.posted[0];
                 s.posted.remove(i);
-                return Err(format!("RECV {wr_id:#x} completed while the older RECV {due:#x} has not: lost or overtaken"));
+                return Err(format!(
+                    "RECV {wr_id:#x} completed while the older RECV {due:#x} has not: lost or overtaken"
+                ));
             }
             None => {
-                return Err(format!("completion of RECV {wr_id:#x}, which is not posted (completed before, or never posted)"));
+                return Err(format!(
+                    "completion of RECV {wr_id:#x}, which is not posted (completed before, or never posted)"
+                ));
             }
         };
         s.posted.remove(at);
@@ -162,7 +155,15 @@ impl Receiver {
     }
 
     /// Takes one successful RECV completion. Violations go to `fail`.
-    pub fn take(&mut self, link: &Link, pool: &Pool, wc: &Wc, w: &Workload, stats: &Stats, fail: &mut impl FnMut(String)) {
+    pub fn take(
+        &mut self,
+        link: &Link,
+        pool: &Pool,
+        wc: &Wc,
+        w: &Workload,
+        stats: &Stats,
+        fail: &mut impl FnMut(String),
+    ) {
         let WrId::Recv { slot, .. } = WrId::decode(wc.wr_id) else {
             return fail(format!("{link}: receive completion with the wr_id {:#x} of a send", wc.wr_id));
         };
@@ -196,7 +197,10 @@ impl Receiver {
         };
         let kind = if wc.imm.is_some() { Kind::MessageImm } else { Kind::Message };
         if let Some(imm) = wc.imm.filter(|imm| *imm != immediate(lane, seq)) {
-            fail(format!("{link}: message {seq} of lane {lane} came with immediate {imm:#x} instead of {:#x}", immediate(lane, seq)));
+            fail(format!(
+                "{link}: message {seq} of lane {lane} came with immediate {imm:#x} instead of {:#x}",
+                immediate(lane, seq)
+            ));
         }
         if self.number(link, lane, seq, fail) {
             self.content_is(link, kind, lane, seq, w, fail);
@@ -219,7 +223,10 @@ impl Receiver {
         stream.ring += 1;
         let len = pattern::message_len(seq, w.msg_size as usize);
         if wc.byte_len as usize != len {
-            fail(format!("{link}: WRITE WITH IMMEDIATE number {seq} of lane {lane} has byte_len {} instead of {len}", wc.byte_len));
+            fail(format!(
+                "{link}: WRITE WITH IMMEDIATE number {seq} of lane {lane} has byte_len {} instead of {len}",
+                wc.byte_len
+            ));
         }
         self.content.resize(len, 0);
         link.shared_memory.read(at, &mut self.content);
@@ -241,13 +248,7 @@ impl Receiver {
     }
 
     fn content_is(&mut self, link: &Link, kind: Kind, lane: u8, seq: u64, w: &Workload, fail: &mut impl FnMut(String)) {
-        let stamp = Stamp {
-            from: self.side.other(),
-            kind,
-            qp: self.qp,
-            lane,
-            seq,
-        };
+        let stamp = Stamp { from: self.side.other(), kind, qp: self.qp, lane, seq };
         let due = pattern::message_len(seq, w.msg_size as usize);
         if self.content.len() != due {
             fail(format!("{link}: {stamp} came with byte_len {} instead of {due}", self.content.len()));

@@ -195,11 +195,8 @@ impl Rig {
         let events = self.w.completions != Completions::Poll;
         for c in 0..usize::from(self.w.contexts) {
             let queues: Vec<usize> = (0..total).filter(|q| q / (usize::from(self.w.cqs) * per) == c).collect();
-            let groups: Vec<Vec<usize>> = if self.w.thread_per_cq {
-                queues.iter().map(|q| vec![*q]).collect()
-            } else {
-                vec![queues]
-            };
+            let groups: Vec<Vec<usize>> =
+                if self.w.thread_per_cq { queues.iter().map(|q| vec![*q]).collect() } else { vec![queues] };
             for group in groups {
                 let channel = if events {
                     let nonblocking = self.w.completions == Completions::Epoll;
@@ -219,11 +216,7 @@ impl Rig {
                         unacked: AtomicU64::new(0),
                     });
                 }
-                self.units.push(Unit {
-                    channel,
-                    queues: group,
-                    links: Vec::new(),
-                });
+                self.units.push(Unit { channel, queues: group, links: Vec::new() });
             }
         }
         Ok(())
@@ -283,19 +276,14 @@ impl Rig {
     fn make_link(&self, index: u16, pd: usize, pool: Arc<Pool>) -> Result<Link> {
         let cqs = self.cq_of(index);
         let domain = &self.pds[pd];
-        let (qp, inline) = Qp::create(
-            domain,
-            &self.queues[cqs.0].cq,
-            &self.queues[cqs.1].cq,
-            pool.srq.as_ref(),
-            &self.options(),
-        )?;
+        let (qp, inline) =
+            Qp::create(domain, &self.queues[cqs.0].cq, &self.queues[cqs.1].cq, pool.srq.as_ref(), &self.options())?;
         let send = Memory::map(Link::send_bytes(&self.w), 0)?;
         let send_mr = Mr::register(domain, &send, false, index % 2 == 1)?;
         let second_mr = Mr::register(domain, &send, false, false)?;
         let shared = Memory::map(Layout::new(&self.w).total(), 0)?;
         self.initialise(&shared, index);
-        let shared_mr = Mr::register(domain, &shared, true, index % 2 == 0)?;
+        let shared_mr = Mr::register(domain, &shared, true, index.is_multiple_of(2))?;
         let parts = Parts {
             qp,
             inline,

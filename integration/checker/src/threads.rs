@@ -28,11 +28,7 @@ impl Rig {
         if !self.posting() || self.failures.count() > 0 {
             return (0, false);
         }
-        let allowance = Allowance {
-            w: &self.w,
-            draining: self.draining.load(Relaxed),
-            budget: &self.budget,
-        };
+        let allowance = Allowance { w: &self.w, draining: self.draining.load(Relaxed), budget: &self.budget };
         match lock(&link.lanes[lane]).pump(link, allowance, &self.stats) {
             Ok(p) => (p.posted, p.starved),
             Err(e) => {
@@ -220,11 +216,7 @@ impl Rig {
             fail(format!("{link}: completion of wr_id {:#x} says QP number {:#x}", wc.wr_id, wc.qp_num));
         }
         if wc.status != 0 {
-            return fail(format!(
-                "{link}: wr_id {:#x} ({id:x?}) completed with: {}",
-                wc.wr_id,
-                wc.status_text()
-            ));
+            return fail(format!("{link}: wr_id {:#x} ({id:x?}) completed with: {}", wc.wr_id, wc.status_text()));
         }
         link.progress_ns.store(now, Relaxed);
         let here = usize::from(link.index);

@@ -6,8 +6,8 @@
 #![expect(unsafe_code, reason = "eventfd and poll")]
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::fd::AsRawFd;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// One doorbell.
@@ -66,11 +66,7 @@ impl Wake {
 /// # Errors
 /// When the descriptor is bad.
 pub fn readable(fd: RawFd, ms: i32) -> io::Result<bool> {
-    let mut p = libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
+    let mut p = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: one valid entry.
     match unsafe { libc::poll(&raw mut p, 1, ms) } {
         0 => Ok(false),
@@ -99,10 +95,7 @@ impl Epoll {
         }
         // SAFETY: the descriptor is new and ours.
         let set = unsafe { OwnedFd::from_raw_fd(e) };
-        let mut ev = libc::epoll_event {
-            events: libc::EPOLLIN as u32,
-            u64: 1,
-        };
+        let mut ev = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 1 };
         // SAFETY: one valid event.
         if unsafe { libc::epoll_ctl(e, libc::EPOLL_CTL_ADD, fd, &raw mut ev) } != 0 {
             return Err(io::Error::last_os_error());

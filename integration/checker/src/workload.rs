@@ -317,11 +317,7 @@ impl Workload {
     /// Messages that can land in one QP's RECVs before the application looked at any.
     #[must_use]
     pub fn landing(&self) -> u32 {
-        if self.srq && self.no_credits {
-            self.recv_depth * u32::from(self.qps)
-        } else {
-            self.recv_depth
-        }
+        if self.srq && self.no_credits { self.recv_depth * u32::from(self.qps) } else { self.recv_depth }
     }
 }
 
@@ -337,9 +333,7 @@ mod tests {
     }
 
     fn parse(args: &[&str]) -> Result<Workload, String> {
-        let mut w = Cli::try_parse_from([&["x"], args].concat())
-            .map_err(|e| e.to_string())?
-            .w;
+        let mut w = Cli::try_parse_from([&["x"], args].concat()).map_err(|e| e.to_string())?.w;
         w.normalise()?;
         Ok(w)
     }

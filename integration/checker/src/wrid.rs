@@ -31,9 +31,7 @@ impl WrId {
     #[must_use]
     pub fn encode(self) -> u64 {
         match self {
-            Self::Send { qp, lane, seq } => {
-                u64::from(qp) << 48 | u64::from(lane) << 40 | (seq & 0xff_ffff_ffff)
-            }
+            Self::Send { qp, lane, seq } => u64::from(qp) << 48 | u64::from(lane) << 40 | (seq & 0xff_ffff_ffff),
             Self::Recv { owner, slot, turn } => {
                 1 << 63 | u64::from(owner) << 48 | u64::from(slot) << 24 | u64::from(turn & 0xff_ffff)
             }
@@ -45,17 +43,9 @@ impl WrId {
     pub fn decode(v: u64) -> Self {
         let owner = (v >> 48 & 0x7fff) as u16;
         if v >> 63 == 1 {
-            Self::Recv {
-                owner,
-                slot: (v >> 24 & 0xffff) as u16,
-                turn: (v & 0xff_ffff) as u32,
-            }
+            Self::Recv { owner, slot: (v >> 24 & 0xffff) as u16, turn: (v & 0xff_ffff) as u32 }
         } else {
-            Self::Send {
-                qp: owner,
-                lane: (v >> 40 & 0xff) as u8,
-                seq: v & 0xff_ffff_ffff,
-            }
+            Self::Send { qp: owner, lane: (v >> 40 & 0xff) as u8, seq: v & 0xff_ffff_ffff }
         }
     }
 }

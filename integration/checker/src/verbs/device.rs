@@ -124,11 +124,7 @@ impl Context {
             if name.is_none_or(|want| want == this) {
                 // SAFETY: as above.
                 let ptr = unsafe { ib::ibv_open_device(dev) };
-                found = if ptr.is_null() {
-                    Err(last("ibv_open_device"))
-                } else {
-                    Ok(Self { ptr })
-                };
+                found = if ptr.is_null() { Err(last("ibv_open_device")) } else { Ok(Self { ptr }) };
                 break;
             }
             names.push(this);
@@ -136,10 +132,9 @@ impl Context {
         // SAFETY: the list came from ibv_get_device_list; an open context keeps its device.
         unsafe { ib::ibv_free_device_list(list) };
         found.map_err(|e| match (e.kind(), name) {
-            (io::ErrorKind::NotFound, Some(want)) => io::Error::new(
-                e.kind(),
-                format!("no RDMA device called {want}; there are {names:?}"),
-            ),
+            (io::ErrorKind::NotFound, Some(want)) => {
+                io::Error::new(e.kind(), format!("no RDMA device called {want}; there are {names:?}"))
+            }
             _ => e,
         })
     }
@@ -152,9 +147,7 @@ impl Context {
         // SAFETY: plain C data, filled by the call below.
         let mut a: ib::ibv_device_attr = unsafe { std::mem::zeroed() };
         // SAFETY: the context is open; the attribute is of the library's type.
-        check("ibv_query_device", unsafe {
-            ib::ibv_query_device(self.ptr, &raw mut a)
-        })?;
+        check("ibv_query_device", unsafe { ib::ibv_query_device(self.ptr, &raw mut a) })?;
         // SAFETY: `device` of an open context is valid.
         let (dev, guid) = unsafe {
             let d = (*self.ptr).device;
@@ -169,16 +162,7 @@ impl Context {
             guid,
             node_guid: a.node_guid,
             sys_image_guid: a.sys_image_guid,
-            limits: [
-                a.max_qp,
-                a.max_qp_wr,
-                a.max_sge,
-                a.max_cq,
-                a.max_cqe,
-                a.max_mr,
-                a.max_pd,
-                a.max_qp_rd_atom,
-            ],
+            limits: [a.max_qp, a.max_qp_wr, a.max_sge, a.max_cq, a.max_cqe, a.max_mr, a.max_pd, a.max_qp_rd_atom],
         })
     }
 
@@ -191,9 +175,7 @@ impl Context {
         let mut a: ib::ibv_port_attr = unsafe { std::mem::zeroed() };
         // SAFETY: the context is open; the real structure is larger than the compatibility type the
         // symbol is declared with, so whatever the library writes fits.
-        check("ibv_query_port", unsafe {
-            ib::ibv_query_port(self.ptr, port, (&raw mut a).cast())
-        })?;
+        check("ibv_query_port", unsafe { ib::ibv_query_port(self.ptr, port, (&raw mut a).cast()) })?;
         Ok(PortInfo {
             state: a.state,
             active_mtu: a.active_mtu,
@@ -210,9 +192,7 @@ impl Context {
     pub fn gid(&self, port: u8, index: i32) -> io::Result<[u8; 16]> {
         let mut gid = ib::ibv_gid { raw: [0; 16] };
         // SAFETY: the context is open, the out parameter valid.
-        check("ibv_query_gid", unsafe {
-            ib::ibv_query_gid(self.ptr, port, index, &raw mut gid)
-        })?;
+        check("ibv_query_gid", unsafe { ib::ibv_query_gid(self.ptr, port, index, &raw mut gid) })?;
         // SAFETY: every bit pattern is a valid byte array.
         Ok(unsafe { gid.raw })
     }
@@ -264,19 +244,13 @@ impl Context {
     /// Takes one pending asynchronous event, if there is one, and acknowledges it.
     #[must_use]
     pub fn async_event(&self) -> Option<AsyncEvent> {
-        let mut e = RawAsyncEvent {
-            element: 0,
-            kind: -1,
-        };
+        let mut e = RawAsyncEvent { element: 0, kind: -1 };
         // SAFETY: same size and layout as the library's structure (asserted above).
         let rc = unsafe { ib::ibv_get_async_event(self.ptr, (&raw mut e).cast()) };
         if rc != 0 {
             return None;
         }
-        let seen = AsyncEvent {
-            kind: e.kind,
-            element: e.element,
-        };
+        let seen = AsyncEvent { kind: e.kind, element: e.element };
         // SAFETY: the event was filled by the call above and not acknowledged yet.
         unsafe { ib::ibv_ack_async_event((&raw mut e).cast()) };
         Some(seen)
@@ -288,9 +262,7 @@ impl Context {
     /// As the library says; objects left over make it fail.
     pub fn close(self) -> io::Result<()> {
         // SAFETY: the context is open and consumed here.
-        check("ibv_close_device", unsafe {
-            ib::ibv_close_device(self.ptr)
-        })
+        check("ibv_close_device", unsafe { ib::ibv_close_device(self.ptr) })
     }
 }
 

@@ -153,9 +153,7 @@ impl Mr {
         use ib::ibv_access_flags as a;
         let mut access = a::IBV_ACCESS_LOCAL_WRITE.0;
         if remote {
-            access |= a::IBV_ACCESS_REMOTE_WRITE.0
-                | a::IBV_ACCESS_REMOTE_READ.0
-                | a::IBV_ACCESS_REMOTE_ATOMIC.0;
+            access |= a::IBV_ACCESS_REMOTE_WRITE.0 | a::IBV_ACCESS_REMOTE_READ.0 | a::IBV_ACCESS_REMOTE_ATOMIC.0;
         }
         let start = memory.start.cast();
         // The header's macro calls one or the other, depending on the flags at the call site.
@@ -177,12 +175,7 @@ impl Mr {
     pub fn fields(&self) -> MrFields {
         // SAFETY: the region is alive until `dereg`.
         let m = unsafe { &*self.ptr };
-        MrFields {
-            lkey: m.lkey,
-            rkey: m.rkey,
-            addr: m.addr as u64,
-            len: m.length,
-        }
+        MrFields { lkey: m.lkey, rkey: m.rkey, addr: m.addr as u64, len: m.length }
     }
 
     /// Ends the registration.

@@ -10,7 +10,7 @@ mod memory;
 mod qp;
 mod queue;
 
-pub use device::{AsyncEvent, Context, DeviceInfo, Pd, PortInfo};
+pub use device::{AsyncEvent, Context, DeviceInfo, Pd, PortInfo, fork_init};
 pub use memory::{Memory, Mr, MrFields};
 pub use qp::{Endpoint, Qp, QpOptions, QpView, SendBatch, Sge, Verb, Wr};
 pub use queue::{Channel, Cq, RecvBatch, Srq, Wc, WcOpcode};

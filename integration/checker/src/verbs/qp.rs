@@ -126,13 +126,7 @@ impl Qp {
     ///
     /// # Errors
     /// As the library says.
-    pub fn create(
-        pd: &Pd,
-        send_cq: &Cq,
-        recv_cq: &Cq,
-        srq: Option<&Srq>,
-        o: &QpOptions,
-    ) -> io::Result<(Self, u32)> {
+    pub fn create(pd: &Pd, send_cq: &Cq, recv_cq: &Cq, srq: Option<&Srq>, o: &QpOptions) -> io::Result<(Self, u32)> {
         // SAFETY: plain C data.
         let mut attr: ib::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
         attr.send_cq = send_cq.ptr;
@@ -155,25 +149,16 @@ impl Qp {
         a.qp_state = ib::ibv_qp_state::IBV_QPS_INIT;
         a.port_num = o.port;
         use ib::ibv_access_flags as f;
-        a.qp_access_flags = f::IBV_ACCESS_REMOTE_WRITE.0
-            | f::IBV_ACCESS_REMOTE_READ.0
-            | f::IBV_ACCESS_REMOTE_ATOMIC.0;
+        a.qp_access_flags = f::IBV_ACCESS_REMOTE_WRITE.0 | f::IBV_ACCESS_REMOTE_READ.0 | f::IBV_ACCESS_REMOTE_ATOMIC.0;
         use ib::ibv_qp_attr_mask as m;
         let mask = m::IBV_QP_STATE | m::IBV_QP_PKEY_INDEX | m::IBV_QP_PORT | m::IBV_QP_ACCESS_FLAGS;
         qp.modify("ibv_modify_qp to INIT", &mut a, mask)?;
         Ok((qp, attr.cap.max_inline_data))
     }
 
-    fn modify(
-        &self,
-        what: &'static str,
-        attr: &mut ib::ibv_qp_attr,
-        mask: ib::ibv_qp_attr_mask,
-    ) -> io::Result<()> {
+    fn modify(&self, what: &'static str, attr: &mut ib::ibv_qp_attr, mask: ib::ibv_qp_attr_mask) -> io::Result<()> {
         // SAFETY: the queue pair is alive, the attribute of the library's type.
-        check(what, unsafe {
-            ib::ibv_modify_qp(self.ptr, attr, mask.0.cast_signed())
-        })
+        check(what, unsafe { ib::ibv_modify_qp(self.ptr, attr, mask.0.cast_signed()) })
     }
 
     /// INIT to RTR to RTS against `peer`.
@@ -246,9 +231,7 @@ impl Qp {
             | m::IBV_QP_CAP
             | m::IBV_QP_ACCESS_FLAGS;
         // SAFETY: the queue pair is alive, both structures of the library's types.
-        check("ibv_query_qp", unsafe {
-            ib::ibv_query_qp(self.ptr, &raw mut a, mask.0.cast_signed(), &raw mut init)
-        })?;
+        check("ibv_query_qp", unsafe { ib::ibv_query_qp(self.ptr, &raw mut a, mask.0.cast_signed(), &raw mut init) })?;
         Ok(QpView {
             qpn: self.qpn(),
             state: a.qp_state,
@@ -320,24 +303,16 @@ impl SendBatch {
                 raw.send_flags |= bit;
             }
         }
-        let mut set_imm = |raw: &mut ib::ibv_send_wr, imm: Option<u32>| {
+        let set_imm = |raw: &mut ib::ibv_send_wr, imm: Option<u32>| {
             raw.imm_data_invalidated_rkey_union.imm_data = imm.unwrap_or(0).to_be();
         };
         match wr.verb {
             Verb::Send(imm) => {
-                raw.opcode = if imm.is_some() {
-                    o::IBV_WR_SEND_WITH_IMM
-                } else {
-                    o::IBV_WR_SEND
-                };
+                raw.opcode = if imm.is_some() { o::IBV_WR_SEND_WITH_IMM } else { o::IBV_WR_SEND };
                 set_imm(&mut raw, imm);
             }
             Verb::Write(remote_addr, rkey, imm) => {
-                raw.opcode = if imm.is_some() {
-                    o::IBV_WR_RDMA_WRITE_WITH_IMM
-                } else {
-                    o::IBV_WR_RDMA_WRITE
-                };
+                raw.opcode = if imm.is_some() { o::IBV_WR_RDMA_WRITE_WITH_IMM } else { o::IBV_WR_RDMA_WRITE };
                 set_imm(&mut raw, imm);
                 raw.wr.rdma = ib::rdma_t { remote_addr, rkey };
             }
@@ -347,31 +322,17 @@ impl SendBatch {
             }
             Verb::FetchAdd(remote_addr, rkey) => {
                 raw.opcode = o::IBV_WR_ATOMIC_FETCH_AND_ADD;
-                raw.wr.atomic = ib::atomic_t {
-                    remote_addr,
-                    compare_add: 1,
-                    swap: 0,
-                    rkey,
-                };
+                raw.wr.atomic = ib::atomic_t { remote_addr, compare_add: 1, swap: 0, rkey };
             }
             Verb::CompareSwap(remote_addr, rkey, compare_add, swap) => {
                 raw.opcode = o::IBV_WR_ATOMIC_CMP_AND_SWP;
-                raw.wr.atomic = ib::atomic_t {
-                    remote_addr,
-                    compare_add,
-                    swap,
-                    rkey,
-                };
+                raw.wr.atomic = ib::atomic_t { remote_addr, compare_add, swap, rkey };
             }
         }
         let n = wr.sges.iter().take_while(|s| s.len > 0).count();
         raw.num_sge = i32::try_from(n).unwrap_or(0);
         self.wrs.push(raw);
-        self.sges.push(wr.sges.map(|s| ib::ibv_sge {
-            addr: s.addr,
-            length: s.len,
-            lkey: s.lkey,
-        }));
+        self.sges.push(wr.sges.map(|s| ib::ibv_sge { addr: s.addr, length: s.len, lkey: s.lkey }));
     }
 
     /// Requests waiting to be posted.
@@ -397,11 +358,7 @@ impl SendBatch {
         }
         for i in 0..n {
             self.wrs[i].sg_list = self.sges[i].as_mut_ptr();
-            self.wrs[i].next = if i + 1 < n {
-                &raw mut self.wrs[i + 1]
-            } else {
-                std::ptr::null_mut()
-            };
+            self.wrs[i].next = if i + 1 < n { &raw mut self.wrs[i + 1] } else { std::ptr::null_mut() };
         }
         let mut bad: *mut ib::ibv_send_wr = std::ptr::null_mut();
         let first = self.wrs.as_mut_ptr();
@@ -410,8 +367,7 @@ impl SendBatch {
         let refused = self.wrs.iter().position(|w| std::ptr::eq(w, bad));
         self.wrs.clear();
         self.sges.clear();
-        check("ibv_post_send", rc).map_err(|e| {
-            io::Error::new(e.kind(), format!("{e} (request {refused:?} of a chain of {n})"))
-        })
+        check("ibv_post_send", rc)
+            .map_err(|e| io::Error::new(e.kind(), format!("{e} (request {refused:?} of a chain of {n})")))
     }
 }

@@ -66,9 +66,7 @@ impl Channel {
     /// As the library says.
     pub fn destroy(self) -> io::Result<()> {
         // SAFETY: the caller does this once per channel.
-        check("ibv_destroy_comp_channel", unsafe {
-            ib::ibv_destroy_comp_channel(self.ptr)
-        })
+        check("ibv_destroy_comp_channel", unsafe { ib::ibv_destroy_comp_channel(self.ptr) })
     }
 }
 
@@ -131,12 +129,7 @@ impl Wc {
         let p = unsafe { ib::ibv_wc_status_str(self.status) };
         // SAFETY: as above.
         let s = unsafe { CStr::from_ptr(p) };
-        format!(
-            "{} ({}), vendor error {:#x}",
-            s.to_string_lossy(),
-            self.status,
-            self.vendor_err
-        )
+        format!("{} ({}), vendor error {:#x}", s.to_string_lossy(), self.status, self.vendor_err)
     }
 
     fn of(w: &ib::ibv_wc) -> Self {
@@ -174,12 +167,7 @@ impl Cq {
     ///
     /// # Errors
     /// As the library says.
-    pub fn create(
-        context: &Context,
-        entries: u32,
-        channel: Option<&Channel>,
-        tag: usize,
-    ) -> io::Result<Self> {
+    pub fn create(context: &Context, entries: u32, channel: Option<&Channel>, tag: usize) -> io::Result<Self> {
         let entries = i32::try_from(entries).map_err(io::Error::other)?;
         let channel = channel.map_or(std::ptr::null_mut(), |c| c.ptr);
         // SAFETY: context and channel are alive; the tag is never dereferenced.
@@ -220,9 +208,7 @@ impl Cq {
     /// As the library says.
     pub fn arm(&self, solicited_only: bool) -> io::Result<()> {
         // SAFETY: the queue is alive.
-        check("ibv_req_notify_cq", unsafe {
-            ib::ibv_req_notify_cq(self.ptr, i32::from(solicited_only))
-        })
+        check("ibv_req_notify_cq", unsafe { ib::ibv_req_notify_cq(self.ptr, i32::from(solicited_only)) })
     }
 
     /// Acknowledges `n` events.
@@ -299,17 +285,8 @@ impl std::fmt::Debug for RecvBatch {
 impl RecvBatch {
     /// Adds one RECV.
     pub fn push(&mut self, wr_id: u64, sge: Sge) {
-        self.sges.push(ib::ibv_sge {
-            addr: sge.addr,
-            length: sge.len,
-            lkey: sge.lkey,
-        });
-        self.wrs.push(ib::ibv_recv_wr {
-            wr_id,
-            next: std::ptr::null_mut(),
-            sg_list: std::ptr::null_mut(),
-            num_sge: 1,
-        });
+        self.sges.push(ib::ibv_sge { addr: sge.addr, length: sge.len, lkey: sge.lkey });
+        self.wrs.push(ib::ibv_recv_wr { wr_id, next: std::ptr::null_mut(), sg_list: std::ptr::null_mut(), num_sge: 1 });
     }
 
     /// Whether there is nothing to post.
@@ -329,11 +306,7 @@ impl RecvBatch {
         let n = self.wrs.len();
         for i in 0..n {
             self.wrs[i].sg_list = &raw mut self.sges[i];
-            self.wrs[i].next = if i + 1 < n {
-                &raw mut self.wrs[i + 1]
-            } else {
-                std::ptr::null_mut()
-            };
+            self.wrs[i].next = if i + 1 < n { &raw mut self.wrs[i + 1] } else { std::ptr::null_mut() };
         }
         let mut bad = std::ptr::null_mut();
         let first = self.wrs.as_mut_ptr();

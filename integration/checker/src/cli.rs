@@ -1,0 +1,126 @@
+//! The command line.
+
+use crate::rig::Local;
+use crate::run::Watch;
+use crate::workload::Workload;
+use clap::{Args, Parser, Subcommand};
+
+/// Proves that RDMA loses, repeats, reorders and corrupts nothing.
+///
+/// Prints JSON lines; the last one is the result: {"event":"result","ok":true,...}. Exit status 0
+/// when everything was right, 1 when something was wrong or the run could not take place.
+#[derive(Parser, Clone, Debug)]
+#[command(version)]
+pub struct Cli {
+    /// What to be
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The roles.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Wait for one client and follow its workload
+    Server {
+        /// Address to listen on
+        #[arg(long, default_value = "0.0.0.0")]
+        bind: String,
+        /// TCP port; with several processes the first of as many
+        #[arg(long, default_value_t = 18515)]
+        port: u16,
+        /// Independent processes
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+        processes: u16,
+        #[command(flatten)]
+        end: End,
+    },
+    /// Connect to a server and decide what both do
+    Client {
+        /// Server's address
+        #[arg(long)]
+        connect: String,
+        /// TCP port; with several processes the first of as many
+        #[arg(long, default_value_t = 18515)]
+        port: u16,
+        /// Independent processes
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+        processes: u16,
+        #[command(flatten)]
+        workload: Box<Workload>,
+        #[command(flatten)]
+        end: End,
+    },
+    /// Both ends in this process
+    Loopback {
+        #[command(flatten)]
+        workload: Box<Workload>,
+        #[command(flatten)]
+        end: End,
+    },
+    /// Both ends as two processes beside each other
+    Pair {
+        /// TCP port on 127.0.0.1
+        #[arg(long, default_value_t = 18515)]
+        port: u16,
+        #[command(flatten)]
+        workload: Box<Workload>,
+        #[command(flatten)]
+        end: End,
+    },
+}
+
+/// Options of one end.
+#[derive(Args, Clone, Debug)]
+pub struct End {
+    /// RDMA device; the first one if not given
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Port of the RDMA device
+    #[arg(long, default_value_t = 1)]
+    pub ib_port: u8,
+    /// GID index; the first IPv4 one if not given
+    #[arg(long)]
+    pub gid_index: Option<u8>,
+    /// Append a line of JSON every 100 ms to this file (`-`: standard output)
+    #[arg(long)]
+    pub timeline: Option<String>,
+    /// Fail when nothing moves for this many seconds
+    #[arg(long, default_value_t = 120.0)]
+    pub stall_timeout: f64,
+    /// Wait this many seconds for the other end to appear
+    #[arg(long, default_value_t = 120.0)]
+    pub connect_timeout: f64,
+    /// Ask again for every number and name each so many milliseconds; 0 turns it off
+    #[arg(long, default_value_t = 1000)]
+    pub identity_ms: u64,
+    /// Milliseconds between two stamps of the stamp thread
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    pub stamp_ms: u64,
+    /// Print a progress line each so many seconds; 0 turns it off
+    #[arg(long, default_value_t = 5.0)]
+    pub progress: f64,
+    /// Fork a child that sleeps beside the run
+    #[arg(long)]
+    pub sleeping_child: bool,
+}
+
+impl End {
+    /// The part that concerns verbs objects.
+    #[must_use]
+    pub fn local(&self) -> Local {
+        Local { device: self.device.clone(), port: self.ib_port, gid_index: self.gid_index }
+    }
+
+    /// The part that concerns watching over the run.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        Watch {
+            timeline: self.timeline.clone(),
+            stall_timeout: self.stall_timeout,
+            identity_ms: self.identity_ms,
+            stamp_ms: self.stamp_ms,
+            progress: self.progress,
+            sleeping_child: self.sleeping_child,
+        }
+    }
+}
