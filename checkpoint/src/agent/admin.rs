@@ -1,0 +1,197 @@
+//! The administrator's socket: `RUN/admin.sock`, for root only. One JSON line asks, JSON lines answer.
+//!
+//! A client that starts a migration stays connected to watch it; when it goes away, or sends [`Request::Abort`], the
+//! migration is undone if it is not committed yet.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use serde::{Deserialize, Serialize};
+
+use super::status::Status;
+use super::{Agent, StartError};
+use crate::engine::{Cancel, MigrateRequest, Progress, source};
+use crate::phase::Phase;
+use crate::timeline::Summary;
+
+/// Longest line of a request, bytes.
+const LINE: u64 = 64 << 10;
+
+/// What a client can ask.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    Status,
+    Migrate(MigrateRequest),
+    /// On a connection whose migration runs: undo it.
+    Abort,
+}
+
+/// What a client is told, one line each.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    Status {
+        status: Box<Status>,
+    },
+    /// The migration has a name now.
+    Begin {
+        id: String,
+        container: String,
+        to: String,
+    },
+    /// A phase starts.
+    Enter {
+        phase: Phase,
+    },
+    /// It ended well; its length.
+    Leave {
+        phase: Phase,
+        seconds: f64,
+    },
+    /// How far a phase is, in `unit`.
+    Progress {
+        phase: Phase,
+        done: u64,
+        total: u64,
+        unit: String,
+    },
+    /// Worth knowing, changes nothing.
+    Note {
+        text: String,
+    },
+    /// It cannot be done; everything that stands against it. Nothing was changed.
+    Refused {
+        reasons: Vec<String>,
+    },
+    /// A dry run found nothing against it.
+    Possible,
+    /// Done. Last line.
+    Done {
+        summary: Summary,
+    },
+    /// It failed and was undone: the container runs here as before. Last line.
+    Undone {
+        phase: Phase,
+        why: String,
+        /// What could not be undone, if anything.
+        left: Vec<String>,
+    },
+    /// It was decided, and the container belongs to the destination; this could not be finished. Last line.
+    Unfinished {
+        phase: Phase,
+        why: String,
+    },
+    /// The request itself was not understood. Last line.
+    Error {
+        text: String,
+    },
+}
+
+/// Another agent that answers on the socket is an error; a socket left by one that died is not.
+pub fn refuse_second(path: &Path) -> Result<(), StartError> {
+    if UnixStream::connect(path).is_ok() {
+        return Err(StartError::Running(path.into()));
+    }
+    Ok(())
+}
+
+/// Opens the socket and serves it until the process ends.
+pub fn serve(agent: &Arc<Agent>) -> io::Result<()> {
+    let path = agent.config.admin();
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&path)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    let agent = agent.clone();
+    thread::Builder::new().name("admin".into()).spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(stream) = stream else {
+                thread::sleep(Duration::from_millis(100));
+                continue;
+            };
+            let agent = agent.clone();
+            let spawned = thread::Builder::new().name("admin-client".into()).spawn(move || converse(&agent, stream));
+            if let Err(e) = spawned {
+                eprintln!("no thread for an administrator: {e}");
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn converse(agent: &Arc<Agent>, stream: UnixStream) {
+    let is_root = getsockopt(&stream.as_fd(), PeerCredentials).is_ok_and(|c| c.uid() == 0);
+    let Ok(reading) = stream.try_clone() else { return };
+    let mut reader = BufReader::new(reading);
+    let talk = Talk { stream: std::sync::Mutex::new(stream) };
+    let mut tell = |event: Event| talk.send(&event);
+    if !is_root {
+        tell(Event::Error { text: "only root may ask".into() });
+        return;
+    }
+    match next(&mut reader) {
+        Ok(Some(Request::Status)) => tell(Event::Status { status: Box::new(agent.status()) }),
+        Ok(Some(Request::Migrate(request))) => {
+            let cancel = Arc::new(Cancel::default());
+            watch(reader, cancel.clone());
+            source::migrate(agent, &request, &cancel, &talk);
+        }
+        Ok(Some(Request::Abort)) => tell(Event::Error { text: "no migration runs on this connection".into() }),
+        Ok(None) => {}
+        Err(text) => tell(Event::Error { text }),
+    }
+}
+
+/// Sets the flag when the client says so or goes away.
+fn watch(mut reader: BufReader<UnixStream>, cancel: Arc<Cancel>) {
+    let watching = move || {
+        let why = match next(&mut reader) {
+            Ok(Some(Request::Abort)) => "the administrator asked for it",
+            _ => "the administrator's program went away",
+        };
+        cancel.set(why);
+    };
+    // Without the thread nobody can cancel, but the migration itself is none the worse.
+    if let Err(e) = thread::Builder::new().name("admin-watch".into()).spawn(watching) {
+        eprintln!("no thread to watch the administrator: {e}");
+    }
+}
+
+fn next(reader: &mut impl BufRead) -> Result<Option<Request>, String> {
+    let mut line = String::new();
+    reader.take(LINE).read_line(&mut line).map_err(|e| e.to_string())?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    serde_json::from_str(&line).map(Some).map_err(|e| format!("the request cannot be read: {e}"))
+}
+
+struct Talk {
+    stream: std::sync::Mutex<UnixStream>,
+}
+
+impl Talk {
+    fn send(&self, event: &Event) {
+        let Ok(mut line) = serde_json::to_vec(event) else { return };
+        line.push(b'\n');
+        // A client that is gone is noticed by the watcher.
+        let _ = super::lock(&self.stream).write_all(&line);
+    }
+}
+
+impl Progress for Talk {
+    fn event(&self, event: Event) {
+        self.send(&event);
+    }
+}

@@ -1,0 +1,128 @@
+//! `/etc/migrrdma/agent.json`: everything an agent can be told. Every field has a default; an unknown one is an error,
+//! because a misspelt setting that is silently ignored is worse.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::net::tls::TlsFiles;
+
+/// Where the file lies unless told otherwise.
+pub const PATH: &str = "/etc/migrrdma/agent.json";
+
+/// Port agents listen on unless told otherwise.
+pub const PORT: u16 = 7477;
+
+/// Settings of one agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Name of this host in messages; its host name if empty.
+    pub name: String,
+    /// `address:port` to listen on for other agents.
+    pub listen: String,
+    pub tls: TlsFiles,
+    /// Agents' addresses for GIDs that are not addresses of their hosts: `{"fe80::1": "10.0.0.2:7477"}`.
+    pub gid_map: BTreeMap<IpAddr, String>,
+    /// Agents to ask when a GID says nothing about its host (link-local ones).
+    pub agents: Vec<String>,
+    /// What must survive a reboot.
+    pub state_dir: PathBuf,
+    /// Sockets and what is shared with containers.
+    pub run_dir: PathBuf,
+    pub deadlines: Deadlines,
+}
+
+/// Longest waits, seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Deadlines {
+    /// A short answer of a shim or of another agent.
+    pub answer: u64,
+    /// Until everything in flight has completed.
+    pub drain: u64,
+    /// Until the destination has restored the container.
+    pub restore: u64,
+    /// Until restored processes have their connections to the agent again.
+    pub reconnect: u64,
+    /// After commit: keep trying to reach everybody.
+    pub forward: u64,
+    /// A peer whose source cannot be reached gives up waiting.
+    pub orphan: u64,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Deadlines { answer: 30, drain: 10, restore: 120, reconnect: 30, forward: 300, orphan: 600 }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            name: String::new(),
+            listen: format!("0.0.0.0:{PORT}"),
+            tls: TlsFiles::default(),
+            gid_map: BTreeMap::new(),
+            agents: Vec::new(),
+            state_dir: "/var/lib/migrrdma".into(),
+            run_dir: "/run/migrrdma-agent".into(),
+            deadlines: Deadlines::default(),
+        }
+    }
+}
+
+/// A settings file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read {}", .path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{} is not a valid configuration", .path.display())]
+    Form { path: PathBuf, source: serde_json::Error },
+}
+
+impl Config {
+    /// Reads `path`. A file that does not exist means defaults only if it was not asked for by name.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let file = path.unwrap_or(Path::new(PATH));
+        let mut config: Config = match std::fs::read_to_string(file) {
+            Ok(text) => {
+                serde_json::from_str(&text).map_err(|source| ConfigError::Form { path: file.into(), source })?
+            }
+            Err(e) if path.is_none() && e.kind() == std::io::ErrorKind::NotFound => Config::default(),
+            Err(source) => return Err(ConfigError::Read { path: file.into(), source }),
+        };
+        if config.name.is_empty() {
+            config.name = nix::unistd::gethostname().map_or("this host".into(), |n| n.to_string_lossy().into_owned());
+        }
+        Ok(config)
+    }
+
+    /// The port this agent listens on; also the one others are expected on.
+    pub fn port(&self) -> u16 {
+        self.listen.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(PORT)
+    }
+
+    /// The admin socket.
+    pub fn admin(&self) -> PathBuf {
+        self.run_dir.join("admin.sock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_misspelt_setting_is_an_error_and_a_missing_default_file_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.json");
+        std::fs::write(&path, r#"{"listn": "0.0.0.0:1"}"#).unwrap();
+        assert!(matches!(Config::load(Some(&path)), Err(ConfigError::Form { .. })));
+        std::fs::write(&path, r#"{"listen": "0.0.0.0:1", "gid_map": {"fe80::1": "a:2"}}"#).unwrap();
+        assert_eq!(Config::load(Some(&path)).unwrap().port(), 1);
+        assert!(matches!(Config::load(Some(&dir.path().join("none"))), Err(ConfigError::Read { .. })));
+    }
+}

@@ -1,0 +1,248 @@
+//! One directory per container, shared with it: the socket its shims connect to, and the epoch they watch.
+//!
+//! The container's runtime makes `RUN/containers/ID/` and mounts it into the container; the agent puts `agent.sock`
+//! and `epoch` there. So the socket a connection arrives on says which container speaks; that the caller really lives
+//! in its cgroup is checked all the same. What is said on a connection is not known here.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+/// Name of the socket in a container's directory.
+pub const SOCKET: &str = "agent.sock";
+
+/// Name of the epoch file: a decimal number and a newline, replaced as a whole.
+pub const EPOCH: &str = "epoch";
+
+/// Open connections per container; one control connection per process, and short questions.
+const MOST: usize = 1024;
+
+/// Without any event, directories are looked through this often.
+const RESCAN: Duration = Duration::from_secs(2);
+
+/// Is told of every connection.
+pub trait Caller: Send + Sync + 'static {
+    /// Serves a connection from `pid` (agent's namespace) of `container` to its end, in a thread of its own.
+    fn serve(&self, container: &str, pid: i32, stream: UnixStream);
+}
+
+struct Door {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Of the socket file we made; another number there means that the directory was made anew.
+    inode: u64,
+    open: Arc<AtomicUsize>,
+}
+
+/// The directories of all containers.
+#[derive(Debug, Clone)]
+pub struct Doors {
+    dir: PathBuf,
+    /// Containers whose epoch must not be touched by a scan, with the reason of their being here.
+    lock: Arc<Mutex<()>>,
+}
+
+impl Doors {
+    /// `run_dir/containers`, made if missing.
+    pub fn open(run_dir: &Path) -> io::Result<Self> {
+        let dir = run_dir.join("containers");
+        fs::create_dir_all(&dir)?;
+        fs::set_permissions(run_dir, fs::Permissions::from_mode(0o711))?;
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o711))?;
+        Ok(Doors { dir, lock: Arc::default() })
+    }
+
+    /// The directory of one container.
+    pub fn of(&self, container: &str) -> PathBuf {
+        self.dir.join(container)
+    }
+
+    /// Tells the container's shims that the world has changed: they connect again.
+    pub fn bump(&self, container: &str) -> io::Result<()> {
+        let _one = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        write_epoch(&self.of(container))
+    }
+
+    /// Listens for every container that is there or comes, until the process ends.
+    pub fn serve(&self, caller: Arc<dyn Caller>) -> io::Result<()> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        let flags = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE;
+        inotify.add_watch(&self.dir, flags)?;
+        let doors = self.clone();
+        thread::Builder::new().name("doors".into()).spawn(move || {
+            let mut open: BTreeMap<String, Door> = BTreeMap::new();
+            loop {
+                doors.scan(&mut open);
+                doors.wait(&inotify, &open, &caller);
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Brings the open sockets to what the directory says.
+    fn scan(&self, open: &mut BTreeMap<String, Door>) {
+        let alive = |door: &Door| fs::metadata(&door.path).is_ok_and(|m| m.ino() == door.inode);
+        open.retain(|_, door| alive(door));
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(e) => {
+                eprintln!("{}: {e}", self.dir.display());
+                return;
+            }
+        };
+        for entry in entries.flatten() {
+            let Ok(id) = entry.file_name().into_string() else { continue };
+            if open.contains_key(&id) || !entry.file_type().is_ok_and(|t| t.is_dir()) {
+                continue;
+            }
+            match self.open_door(&entry.path()) {
+                Ok(door) => {
+                    open.insert(id, door);
+                }
+                Err(e) => eprintln!("no socket for container {id}: {}: {e}", entry.path().display()),
+            }
+        }
+    }
+
+    fn open_door(&self, dir: &Path) -> io::Result<Door> {
+        let path = dir.join(SOCKET);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        // Any user of the container may speak for its own process.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666))?;
+        listener.set_nonblocking(true)?;
+        {
+            let _one = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+            if !dir.join(EPOCH).exists() {
+                write_epoch(dir)?;
+            }
+        }
+        let inode = fs::metadata(&path)?.ino();
+        Ok(Door { listener, path, inode, open: Arc::default() })
+    }
+
+    fn wait(&self, inotify: &Inotify, open: &BTreeMap<String, Door>, caller: &Arc<dyn Caller>) {
+        let listeners: Vec<(&String, &Door)> = open.iter().collect();
+        let mut fds = vec![PollFd::new(inotify.as_fd(), PollFlags::POLLIN)];
+        fds.extend(listeners.iter().map(|(_, d)| PollFd::new(d.listener.as_fd(), PollFlags::POLLIN)));
+        let timeout = PollTimeout::try_from(RESCAN).unwrap_or(PollTimeout::NONE);
+        if let Err(e) = poll(&mut fds, timeout) {
+            if e != nix::errno::Errno::EINTR {
+                eprintln!("waiting for connections: {e}");
+                thread::sleep(RESCAN);
+            }
+            return;
+        }
+        // Empties the queue; what the events say is found by the next scan.
+        while inotify.read_events().is_ok_and(|events| !events.is_empty()) {}
+        for ((id, door), fd) in listeners.iter().zip(&fds[1..]) {
+            if fd.any() == Some(true) {
+                accept(id, door, caller);
+            }
+        }
+    }
+}
+
+fn accept(id: &str, door: &Door, caller: &Arc<dyn Caller>) {
+    loop {
+        let stream = match door.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+            Err(e) => {
+                eprintln!("container {id}: accepting a connection: {e}");
+                return;
+            }
+        };
+        let pid = match peer_pid(stream.as_fd()) {
+            Ok(pid) => pid,
+            Err(e) => {
+                eprintln!("container {id}: a connection without credentials: {e}");
+                continue;
+            }
+        };
+        if door.open.fetch_add(1, Ordering::Relaxed) >= MOST || stream.set_nonblocking(false).is_err() {
+            door.open.fetch_sub(1, Ordering::Relaxed);
+            continue;
+        }
+        let (caller, count, id) = (caller.clone(), door.open.clone(), id.to_owned());
+        let spawned = thread::Builder::new().name("shim".into()).stack_size(512 << 10).spawn(move || {
+            caller.serve(&id, pid, stream);
+            count.fetch_sub(1, Ordering::Relaxed);
+        });
+        if let Err(e) = spawned {
+            door.open.fetch_sub(1, Ordering::Relaxed);
+            eprintln!("no thread for a shim: {e}");
+        }
+    }
+}
+
+/// The process that connected, in our pid namespace.
+pub fn peer_pid(fd: BorrowedFd<'_>) -> nix::Result<i32> {
+    debug_assert!(fd.as_raw_fd() >= 0);
+    Ok(getsockopt(&fd, PeerCredentials)?.pid())
+}
+
+/// A number never used before on any host: a container that comes back must not find the one it left with.
+fn write_epoch(dir: &Path) -> io::Result<()> {
+    let number = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+    let (path, new) = (dir.join(EPOCH), dir.join(".epoch.new"));
+    fs::write(&new, format!("{number}\n"))?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o644))?;
+    fs::rename(new, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::time::Instant;
+
+    struct Tell;
+    impl Caller for Tell {
+        fn serve(&self, container: &str, pid: i32, mut stream: UnixStream) {
+            let _ = write!(stream, "{container} {pid}");
+        }
+    }
+
+    fn connect(path: &Path) -> UnixStream {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => return stream,
+                Err(e) if Instant::now() > until => panic!("{}: {e}", path.display()),
+                Err(_) => thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+
+    #[test]
+    fn a_container_that_appears_gets_a_socket_that_knows_its_name() {
+        let run = tempfile::tempdir().unwrap();
+        let doors = Doors::open(run.path()).unwrap();
+        doors.serve(Arc::new(Tell)).unwrap();
+        fs::create_dir(doors.of("late")).unwrap();
+        let mut said = String::new();
+        connect(&doors.of("late").join(SOCKET)).read_to_string(&mut said).unwrap();
+        assert_eq!(said, format!("late {}", std::process::id()));
+        let epoch = |doors: &Doors| fs::read_to_string(doors.of("late").join(EPOCH)).unwrap();
+        let before = epoch(&doors);
+        doors.bump("late").unwrap();
+        assert_ne!(before, epoch(&doors));
+        assert!(epoch(&doors).trim_end().parse::<u64>().is_ok());
+    }
+}

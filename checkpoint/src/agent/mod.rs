@@ -1,0 +1,244 @@
+//! The agent: one process per host, the only one that speaks to other hosts.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`config`] | its settings |
+//! | [`doors`] | per container: a directory shared with it, a socket, an epoch |
+//! | [`shims`] | which shims are connected, and asking one |
+//! | [`ask`] | what application threads want to know |
+//! | [`procs`] | which processes really use RDMA |
+//! | [`facts`] | what this host is, and whose agent a GID belongs to |
+//! | [`peer`] | this host as the host of a peer |
+//! | [`admin`] | the local administrator's socket |
+//!
+//! The engine ([`crate::engine`]) runs inside, as source or as destination. An agent may stop and start at any time:
+//! containers go on, shims connect again, and what was under way is decided by the records on disk.
+//!
+//! Threads, no async runtime: a host has few migrations at a time, and each wait has its own deadline.
+
+pub mod admin;
+pub mod ask;
+pub mod config;
+pub mod doors;
+pub mod facts;
+pub mod peer;
+pub mod procs;
+pub mod shims;
+pub mod status;
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rdma_virt::id::{MigrationId, PGid, VQpn};
+
+use crate::engine;
+use crate::engine::dest::Desk;
+use crate::engine::host::Host;
+use crate::moved::Moved;
+use crate::net::client::{CallError, Client};
+use crate::net::msg::{Answer, Call, Order, Refusal, Return};
+use crate::net::server;
+use crate::net::tls::Identity;
+use crate::record::{RecordError, Records, make_dir};
+use config::Config;
+use doors::Doors;
+use shims::Shims;
+
+/// Stands for this host wherever an agent's address is expected: no network between.
+pub const LOCAL: &str = "local";
+
+/// How often quiet migrations are looked after.
+const ROUND: Duration = Duration::from_secs(5);
+
+/// An error and its causes in one line.
+pub fn chain(e: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = e.to_string();
+    let mut next = e.source();
+    while let Some(cause) = next {
+        let more = cause.to_string();
+        // Some libraries put the cause into their own text as well.
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("cannot use {}", .path.display())]
+    Dir { path: PathBuf, source: std::io::Error },
+    #[error("an agent runs already: {} answers", .0.display())]
+    Running(PathBuf),
+    #[error("cannot listen on {listen} for other agents")]
+    Listen { listen: String, source: std::io::Error },
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+/// One host's agent.
+pub struct Agent {
+    pub config: Config,
+    pub host: Arc<dyn Host>,
+    pub shims: Shims,
+    pub doors: Doors,
+    pub moved: Moved,
+    pub records: Records,
+    pub client: Client,
+    /// What this host has in the making as a destination.
+    pub desk: Desk,
+    /// Migrations this host is the source of, that run now.
+    pub running: Mutex<HashMap<MigrationId, Arc<engine::Cancel>>>,
+    claims: Mutex<HashMap<String, peer::Claim>>,
+    cgroups: Mutex<HashMap<String, PathBuf>>,
+    registered: Mutex<HashMap<VQpn, ask::Registered>>,
+    silent: Mutex<HashMap<String, Instant>>,
+    owners: Mutex<HashMap<PGid, String>>,
+    /// Agents that called us, or that we called in a migration.
+    pub met: Mutex<Vec<String>>,
+    /// Why there is no network half, if there is none.
+    identity: Result<Identity, String>,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent").field("name", &self.config.name).finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    /// Reads what is on disk; starts nothing.
+    pub fn new(config: Config, host: Arc<dyn Host>) -> Result<Arc<Self>, StartError> {
+        let wrap = |path: &PathBuf, source| StartError::Dir { path: path.clone(), source };
+        make_dir(&config.state_dir)?;
+        let doors = Doors::open(&config.run_dir).map_err(|e| wrap(&config.run_dir, e))?;
+        let identity = Identity::load(&config.tls).map_err(|e| chain(&e));
+        let client = Client::new(identity.as_ref().map(|i| i.client.clone()).map_err(Clone::clone), config.port());
+        Ok(Arc::new(Agent {
+            moved: Moved::open(&config.state_dir)?,
+            records: Records::open(&config.state_dir)?,
+            desk: Desk::default(),
+            client,
+            doors,
+            host,
+            identity,
+            config,
+            shims: Shims::default(),
+            running: Mutex::default(),
+            claims: Mutex::default(),
+            cgroups: Mutex::default(),
+            registered: Mutex::default(),
+            silent: Mutex::default(),
+            owners: Mutex::default(),
+            met: Mutex::default(),
+        }))
+    }
+
+    /// Starts everything; returns once all sockets are open.
+    pub fn start(self: &Arc<Self>) -> Result<(), StartError> {
+        let wrap = |source| StartError::Dir { path: self.config.run_dir.clone(), source };
+        admin::refuse_second(&self.config.admin())?;
+        self.doors.serve(self.clone()).map_err(wrap)?;
+        engine::recover::run(self);
+        match &self.identity {
+            Ok(identity) => {
+                let listen = self.config.listen.clone();
+                let failed = |source| StartError::Listen { listen: listen.clone(), source };
+                let listener = TcpListener::bind(&listen).map_err(failed)?;
+                server::serve(listener, identity.server.clone(), self.clone()).map_err(failed)?;
+                eprintln!("listening on {listen} for other agents");
+            }
+            Err(why) => eprintln!("no migration from or to this host until it has certificates: {why}"),
+        }
+        admin::serve(self).map_err(wrap)?;
+        let agent = self.clone();
+        let rounds = move || {
+            loop {
+                thread::sleep(ROUND);
+                agent.look_after_claims();
+                engine::dest::look_after(&agent);
+            }
+        };
+        thread::Builder::new().name("rounds".into()).spawn(rounds).map_err(wrap)?;
+        Ok(())
+    }
+
+    /// Why other agents cannot be reached, if they cannot.
+    pub fn no_network(&self) -> Option<&str> {
+        self.identity.as_ref().err().map(String::as_str)
+    }
+
+    /// Puts an order to an agent, this one included.
+    pub fn call(
+        &self,
+        at: &str,
+        migration: Option<MigrationId>,
+        order: Order,
+        deadline: Duration,
+    ) -> Result<Answer, CallError> {
+        if at == LOCAL {
+            let name = order.name();
+            return self
+                .obey(None, migration, order)
+                .map_err(|refusal| CallError::Refused { at: "this host".into(), order: name, refusal });
+        }
+        self.client.call(at, migration, order, deadline)
+    }
+
+    /// Does what another agent (`from`) or this one asks.
+    pub fn obey(
+        &self,
+        from: Option<SocketAddr>,
+        migration: Option<MigrationId>,
+        order: Order,
+    ) -> Result<Answer, Refusal> {
+        match order {
+            Order::Describe => return Ok(Answer::Host(self.describe())),
+            Order::Resolve { vgid, vqpn } => return Ok(Answer::Resolved(self.resolve_for_other(vgid, vqpn))),
+            _ => {}
+        }
+        let name = order.name();
+        let id = migration.ok_or_else(|| Refusal::Failed(format!("{name} belongs to a migration, but names none")))?;
+        match order {
+            Order::Describe | Order::Resolve { .. } => unreachable!("answered above"),
+            Order::Moved(news) => {
+                if news.iter().any(|p| !is_plain_name(&p.container)) {
+                    return Err(Refusal::Failed("a container's id with a slash or a leading dot".into()));
+                }
+                self.moved.learn(&news).map_err(|e| Refusal::Failed(chain(&e)))?;
+                Ok(Answer::Done)
+            }
+            Order::Fate => Ok(Answer::Fate(engine::recover::fate(self, id))),
+            Order::Find { links } => Ok(Answer::Found(self.find(&links))),
+            Order::Claim { containers, port } => self.claim(id, from, port, &containers),
+            Order::Relay { container, vpid, request } => self.relay(id, &container, vpid, request),
+            Order::Release { committed } => Ok(self.release(id, committed)),
+            order => engine::dest::obey(self, from, id, order),
+        }
+    }
+}
+
+impl server::Handler for Agent {
+    fn handle(&self, from: SocketAddr, call: Call) -> Return {
+        let answer = self.obey(Some(from), call.migration, call.order);
+        Return { seq: call.seq, answer }
+    }
+}
+
+/// Usable as a file name: what container runtimes allow as an id.
+pub fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && !name.starts_with('.')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "_.+-".contains(c))
+}

@@ -1,0 +1,267 @@
+//! This host as the host of a *peer*: finds the far ends of a moving container's links among the local shims, holds
+//! the containers that take part, and hands requests on to their shims.
+//!
+//! A held container is released by its source, or, when the source has gone silent, after asking it what became of
+//! the migration. Peers never wait for ever.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rdma_virt::id::{MigrationId, PQpn};
+use rdma_virt::msg::{Reply, Request, Scope};
+use rdma_virt::saved::{ProcessState, QpPhase};
+
+use super::shims::ShimError;
+use super::{Agent, LOCAL, facts, lock};
+use crate::net::msg::{Answer, End, FarEnd, Fate, Link, Order, Refusal};
+
+/// A source that said nothing for this long is asked.
+const QUIET: Duration = Duration::from_secs(20);
+
+/// A container that takes part in a migration.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    pub migration: MigrationId,
+    /// `host:port` of the source's agent, or [`LOCAL`].
+    pub source: String,
+    /// When the source last asked for something.
+    pub heard: Instant,
+    /// When it last asked for something itself, not counting answers to our questions.
+    pub since: Instant,
+}
+
+impl Agent {
+    fn answer_time(&self) -> Duration {
+        Duration::from_secs(self.config.deadlines.answer)
+    }
+
+    /// Reports of all shims of this host, asked at the same time; those that do not answer are left out, with a line
+    /// in the log.
+    pub fn reports(&self) -> Vec<(String, ProcessState)> {
+        let all = self.shims.all();
+        thread::scope(|scope| {
+            let asked: Vec<_> = all
+                .iter()
+                .map(|shim| scope.spawn(move || (shim.container.clone(), shim.report(self.answer_time()))))
+                .collect();
+            asked
+                .into_iter()
+                .filter_map(|t| match t.join().ok()? {
+                    (container, Ok(state)) => Some((container, state)),
+                    (_, Err(e)) => {
+                        eprintln!("{}", super::chain(&e));
+                        None
+                    }
+                })
+                .collect()
+        })
+    }
+
+    /// Answers [`Order::Find`].
+    pub fn find(&self, links: &[Link]) -> Vec<FarEnd> {
+        let reports = self.reports();
+        links.iter().map(|link| find_in(&reports, link).unwrap_or_else(|| kernel_says(link.far.pqpn))).collect()
+    }
+
+    /// Answers [`Order::Claim`].
+    pub fn claim(
+        &self,
+        migration: MigrationId,
+        from: Option<SocketAddr>,
+        port: u16,
+        containers: &[String],
+    ) -> Result<Answer, Refusal> {
+        for id in containers {
+            let container = self.host.container(id).map_err(|e| Refusal::Failed(e.to_string()))?;
+            if container.paused {
+                return Err(Refusal::Failed(format!(
+                    "container {id} is paused; a peer that stands still cannot take part, resume it first"
+                )));
+            }
+        }
+        let source = from.map_or(LOCAL.into(), |from| SocketAddr::new(from.ip(), port).to_string());
+        let mut claims = lock(&self.claims);
+        if let Some((id, claim)) =
+            containers.iter().filter_map(|id| Some((id, claims.get(id)?))).find(|(_, c)| c.migration != migration)
+        {
+            return Err(Refusal::Busy { container: id.clone(), by: claim.migration });
+        }
+        let now = Instant::now();
+        for id in containers {
+            claims.insert(id.clone(), Claim { migration, source: source.clone(), heard: now, since: now });
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Answers [`Order::Relay`].
+    pub fn relay(
+        &self,
+        migration: MigrationId,
+        container: &str,
+        vpid: rdma_virt::id::Vpid,
+        request: Request,
+    ) -> Result<Answer, Refusal> {
+        self.check_claim(migration, container)?;
+        let peers_only = matches!(
+            request,
+            Request::Prepare { .. }
+                | Request::Connect { .. }
+                | Request::Suspend { scope: Scope::Qps(_) }
+                | Request::Drain { .. }
+                | Request::Switch { .. }
+                | Request::Resume
+                | Request::Abort
+        );
+        if !peers_only {
+            return Err(Refusal::Failed(format!(
+                "another host may not ask a shim to {}",
+                super::shims::verb(&request)
+            )));
+        }
+        let deadline = match &request {
+            Request::Drain { deadline_ms, .. } => Duration::from_millis((*deadline_ms).into()) + self.answer_time(),
+            _ => self.answer_time(),
+        };
+        let answer = self.shims.get(container, vpid).and_then(|shim| shim.ask(Some(migration), request, deadline));
+        match answer {
+            Ok(reply) => Ok(Answer::Shim(reply)),
+            Err(ShimError::Busy { by, .. }) => Err(Refusal::Busy { container: container.into(), by }),
+            Err(e) => Err(Refusal::Failed(super::chain(&e))),
+        }
+    }
+
+    fn check_claim(&self, migration: MigrationId, container: &str) -> Result<(), Refusal> {
+        match lock(&self.claims).get_mut(container) {
+            Some(claim) if claim.migration == migration => {
+                claim.heard = Instant::now();
+                claim.since = claim.heard;
+                Ok(())
+            }
+            Some(claim) => Err(Refusal::Busy { container: container.into(), by: claim.migration }),
+            None => Err(Refusal::Failed(format!("container {container} takes part in no migration here"))),
+        }
+    }
+
+    /// Answers [`Order::Release`]. All shims of the containers are told to abort when nothing was committed; a shim
+    /// that cannot be told any more has ended, and its QPs with it.
+    pub fn release(&self, migration: MigrationId, committed: bool) -> Answer {
+        let mine: Vec<String> = lock(&self.claims)
+            .iter()
+            .filter(|(_, claim)| claim.migration == migration)
+            .map(|(id, _)| id.clone())
+            .collect();
+        if !committed {
+            for shim in mine.iter().flat_map(|id| self.shims.of(id)) {
+                match shim.ask(Some(migration), Request::Abort, self.answer_time()) {
+                    Ok(Reply::Done) => {}
+                    Ok(other) => eprintln!("{} answered abort with {other:?}", shim.who()),
+                    Err(e) => eprintln!("{}", super::chain(&e)),
+                }
+            }
+        }
+        lock(&self.claims).retain(|_, claim| claim.migration != migration);
+        Answer::Done
+    }
+
+    /// Asks the sources of quiet migrations what became of them. Called every now and then.
+    pub fn look_after_claims(&self) {
+        let quiet: Vec<(String, Claim)> = lock(&self.claims)
+            .iter()
+            .filter(|(_, claim)| claim.heard.elapsed() > QUIET)
+            .map(|(id, claim)| (id.clone(), claim.clone()))
+            .collect();
+        for (container, claim) in quiet {
+            let fate = self.call(&claim.source, Some(claim.migration), Order::Fate, self.answer_time());
+            match fate {
+                Ok(Answer::Fate(Fate::Aborted)) => {
+                    eprintln!("{} is over, its source says; container {container} goes on", claim.migration);
+                    self.release(claim.migration, false);
+                }
+                Ok(_) => {
+                    if let Some(claim) = lock(&self.claims).get_mut(&container) {
+                        claim.heard = Instant::now();
+                        claim.since = claim.heard;
+                    }
+                }
+                Err(e) => {
+                    eprintln!("{}: its source is silent: {}", claim.migration, super::chain(&e));
+                    if claim.since.elapsed() > Duration::from_secs(self.config.deadlines.orphan) {
+                        eprintln!("container {container} waits no longer for {}", claim.migration);
+                        self.release(claim.migration, false);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The QP whose numbers, and whose idea of its own far end, fit the link.
+fn find_in(reports: &[(String, ProcessState)], link: &Link) -> Option<FarEnd> {
+    let mut waiting = None;
+    for (container, state) in reports {
+        for qp in state.contexts.iter().flat_map(|c| &c.qps) {
+            if qp.vqpn != link.far.vqpn || qp.pqpn != link.far.pqpn {
+                continue;
+            }
+            let end = |connected| {
+                FarEnd::Shim(End {
+                    container: container.clone(),
+                    vpid: state.vpid,
+                    comm: state.comm.clone(),
+                    vqpn: qp.vqpn,
+                    connected,
+                })
+            };
+            match &qp.remote {
+                Some(r) if r.vqpn == link.near_vqpn && r.pqpn == link.near_pqpn => return Some(end(true)),
+                Some(_) => {}
+                None if qp.phase < QpPhase::Rtr => waiting = Some(end(false)),
+                None => {}
+            }
+        }
+    }
+    waiting
+}
+
+/// No shim has it: is it anybody's?
+fn kernel_says(pqpn: PQpn) -> FarEnd {
+    let out = Command::new("rdma").args(["-j", "resource", "show", "qp", "lqpn", &pqpn.0.to_string()]).output();
+    let unknown = || FarEnd::Foreign("a process this agent cannot see".into());
+    let Ok(out) = out else { return unknown() };
+    let Ok(list) = serde_json::from_slice::<Vec<serde_json::Value>>(&out.stdout) else { return unknown() };
+    let Some(first) = list.first() else { return FarEnd::Gone };
+    let text = |key: &str| first.get(key).map_or("?".into(), |v| v.to_string().trim_matches('"').to_owned());
+    FarEnd::Foreign(format!("{} (pid {})", text("comm"), text("pid")))
+}
+
+/// Whether this host has the GID at all: a wrong one would be searched for in vain.
+pub fn has_gid(gid: rdma_virt::id::PGid) -> bool {
+    facts::gids().contains(&gid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::fixture::{process, qp};
+    use rdma_virt::id::{PGid, VGid, VQpn};
+    use rdma_virt::saved::Remote;
+
+    fn link(near: u32, far: u32) -> Link {
+        let (vgid, pgid) = (VGid([2; 16]), PGid([2; 16]));
+        let far = Remote { vgid, vqpn: VQpn(far), pgid, pqpn: PQpn(far) };
+        Link { near_vqpn: VQpn(near), near_pqpn: PQpn(near), far }
+    }
+
+    #[test]
+    fn the_far_end_is_found_by_the_numbers_of_both_ends() {
+        let mut a = process(7, vec![qp(1, 30, Some(17))]);
+        a.contexts[0].qps.push(qp(2, 31, Some(18)));
+        let b = process(8, vec![qp(1, 30, Some(99))]);
+        let reports = vec![("x".to_owned(), b), ("y".to_owned(), a)];
+        let Some(FarEnd::Shim(end)) = find_in(&reports, &link(17, 30)) else { panic!("not found") };
+        assert_eq!((end.container.as_str(), end.vqpn, end.connected), ("y", VQpn(30), true));
+        assert_eq!(find_in(&reports, &link(17, 31)), None);
+    }
+}

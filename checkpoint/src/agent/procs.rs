@@ -1,0 +1,139 @@
+//! Which processes of a container use RDMA, seen from outside: by their open files, not by what they say.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use rdma_virt::id::Vpid;
+
+/// Major number of uverbs character devices (`IB_UVERBS_MAJOR`; later devices get a dynamic one, found by name).
+const UVERBS_MAJOR: u64 = 231;
+
+/// One process of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// In the agent's pid namespace.
+    pub pid: i32,
+    /// In its own.
+    pub vpid: Vpid,
+    pub comm: String,
+    /// Holds a uverbs file.
+    pub verbs: bool,
+    /// Holds an rdma_cm file.
+    pub cm: bool,
+    /// Its ancestors lead to the container's init; a process started by `exec` has its parent outside.
+    pub descends: bool,
+}
+
+/// All processes in `cgroup` (v2 directory) and below, except those that ended meanwhile.
+pub fn of_cgroup(cgroup: &Path, init: i32) -> std::io::Result<Vec<Process>> {
+    let mut pids = BTreeSet::new();
+    collect(cgroup, &mut pids, 0)?;
+    Ok(pids.into_iter().filter_map(|pid| look(pid, init)).collect())
+}
+
+/// Number of `comm` and pid for messages: `ib_write_bw (pid 7)`.
+impl std::fmt::Display for Process {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} (pid {} in the container, {} on the host)", self.comm, self.vpid.0, self.pid)
+    }
+}
+
+fn collect(dir: &Path, pids: &mut BTreeSet<i32>, depth: u32) -> std::io::Result<()> {
+    let text = match fs::read_to_string(dir.join("cgroup.procs")) {
+        Ok(text) => text,
+        // A threaded sub-cgroup lists its processes in its parent.
+        Err(e) if depth > 0 && e.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => String::new(),
+        Err(e) => return Err(e),
+    };
+    pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 0));
+    if depth < 16 {
+        for entry in fs::read_dir(dir)?.flatten() {
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                // A sub-cgroup may go away while we look.
+                let _ = collect(&entry.path(), pids, depth + 1);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn look(pid: i32, init: i32) -> Option<Process> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    if field(&status, "State").is_some_and(|s| s.starts_with('Z')) {
+        return None;
+    }
+    let (mut verbs, mut cm) = (false, false);
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten() {
+        let Ok(meta) = fs::metadata(entry.path()) else { continue };
+        if !meta.file_type().is_char_device() {
+            continue;
+        }
+        let name = fs::read_link(entry.path()).unwrap_or_default();
+        let name = name.to_string_lossy();
+        verbs |= nix::libc::major(meta.rdev()) as u64 == UVERBS_MAJOR || name.contains("/infiniband/uverbs");
+        cm |= name.contains("/infiniband/rdma_cm");
+    }
+    Some(Process {
+        pid,
+        vpid: inner_pid(&status).unwrap_or(Vpid(pid)),
+        comm: field(&status, "Name").unwrap_or("?").to_owned(),
+        verbs,
+        cm,
+        descends: descends(pid, init),
+    })
+}
+
+/// Follows parents up to `init`.
+fn descends(mut pid: i32, init: i32) -> bool {
+    for _ in 0..4096 {
+        if pid == init {
+            return true;
+        }
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        match field(&status, "PPid").and_then(|p| p.parse().ok()) {
+            Some(parent) if parent > 0 => pid = parent,
+            _ => return false,
+        }
+    }
+    false
+}
+
+/// The pid a process has in its own namespace.
+pub fn vpid_of(pid: i32) -> Option<Vpid> {
+    inner_pid(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+fn inner_pid(status: &str) -> Option<Vpid> {
+    field(status, "NSpid")?.split_whitespace().next_back()?.parse().ok().map(Vpid)
+}
+
+fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    status.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
+/// Whether `pid` lives in `cgroup` or below. `cgroup` is an absolute directory under `/sys/fs/cgroup`.
+pub fn in_cgroup(pid: i32, cgroup: &Path) -> bool {
+    let Ok(relative) = cgroup.strip_prefix("/sys/fs/cgroup") else { return false };
+    let wanted = Path::new("/").join(relative);
+    fs::read_to_string(format!("/proc/{pid}/cgroup"))
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|l| l.strip_prefix("0::"))
+        .any(|path| Path::new(path).starts_with(&wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_seen_with_its_name_and_as_its_own_descendant() {
+        let pid = std::process::id() as i32;
+        let me = look(pid, pid).unwrap();
+        assert!(me.descends && !me.verbs && !me.cm);
+        assert_eq!(vpid_of(pid), Some(me.vpid));
+        assert!(!look(pid, -1).unwrap().descends);
+    }
+}

@@ -1,0 +1,141 @@
+//! What the engine needs of the host it runs on and of the container runtime there.
+//!
+//! Everything that differs per runtime is behind [`Host`]; the implementation for our own is in the program. No
+//! method has a default: a host that cannot do something says so at compile time.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rdma_virt::saved::{AdoptedProcess, ProcessState};
+
+use crate::net::msg::JoinLink;
+
+/// A sentence for people, from whoever knows the reason; wraps any error by its whole chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostError(pub String);
+
+impl fmt::Display for HostError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for HostError {}
+
+impl HostError {
+    /// The whole chain of causes in one line.
+    pub fn of(e: &(dyn std::error::Error + 'static)) -> Self {
+        HostError(crate::agent::chain(e))
+    }
+}
+
+/// Shorthand of this module.
+pub type Result<T> = std::result::Result<T, HostError>;
+
+/// A container as its runtime knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Container {
+    pub id: String,
+    /// Pid of its init in the agent's pid namespace.
+    pub init: i32,
+    /// Directory of its cgroup (v2), with `cgroup.procs` and `cgroup.freeze`.
+    pub cgroup: PathBuf,
+    pub bundle: PathBuf,
+    pub paused: bool,
+}
+
+/// A dump to be made.
+#[derive(Clone, Debug)]
+pub struct DumpJob {
+    /// Exists, empty but for what the engine put there (the RDMA image).
+    pub images: PathBuf,
+    /// For logs.
+    pub work: PathBuf,
+}
+
+/// A restore to be made.
+#[derive(Clone, Debug)]
+pub struct RestoreJob {
+    pub id: String,
+    pub bundle: PathBuf,
+    pub images: PathBuf,
+    pub work: PathBuf,
+    /// Path the plugin finds the incubator at from inside the container; `None` for a container without RDMA.
+    pub incubator: Option<PathBuf>,
+    /// Time to reach the last gate.
+    pub deadline: Duration,
+}
+
+/// A restored container whose tasks have not run yet.
+///
+/// Dropped without [`Held::release`], nothing of it may stay.
+pub trait Held: Send {
+    /// Pid of the restored init in the agent's pid namespace.
+    fn init(&self) -> i32;
+    /// Lets the tasks run. An error means they do not run and may be tried again.
+    fn release(&mut self) -> Result<()>;
+    /// Kills the tasks and removes the container's state.
+    fn abandon(self: Box<Self>) -> Result<()>;
+}
+
+/// The incubator of one container.
+pub trait Nursery: Send {
+    /// Makes the kernel objects equal to these states; what was made before is changed only where it differs.
+    fn converge(&mut self, states: &[ProcessState]) -> Result<Vec<AdoptedProcess>>;
+    /// Connects new QPs.
+    fn connect(&mut self, links: &[JoinLink]) -> Result<()>;
+    /// What there is now.
+    fn report(&mut self) -> Result<Vec<AdoptedProcess>>;
+    /// The plugin may fetch its objects from now on, until `disarm`.
+    fn arm(&mut self) -> Result<()>;
+    fn disarm(&mut self) -> Result<()>;
+    /// Objects the restored tasks should have fetched and did not; empty is good.
+    fn missing(&mut self) -> Result<Vec<String>>;
+    /// The restored tasks hold everything; the incubator ends.
+    fn release(self: Box<Self>) -> Result<()>;
+}
+
+/// The container's way to the world.
+pub trait Wire: Send {
+    /// No packet leaves or arrives any more.
+    fn down(&mut self) -> Result<()>;
+    /// Packets pass again.
+    fn up(&mut self) -> Result<()>;
+    /// Tells the neighbours where the addresses are now.
+    fn announce(&mut self) -> Result<()>;
+}
+
+/// One host with its container runtime.
+pub trait Host: Send + Sync + 'static {
+    /// All containers that have processes.
+    fn containers(&self) -> Result<Vec<Container>>;
+    /// One; the error says whether it is unknown, stopped, or cannot be read.
+    fn container(&self, id: &str) -> Result<Container>;
+    /// The container's cgroup stands still on return, or let go again.
+    fn freeze(&self, container: &Container) -> Result<()>;
+    fn thaw(&self, container: &Container) -> Result<()>;
+    /// Dumps with CRIU. `gate` is called once, when the image is complete and the tasks still exist: `Ok` lets CRIU
+    /// kill them, an error makes them go on (frozen as they were). Returns when CRIU has ended.
+    fn dump(
+        &self,
+        container: &Container,
+        job: &DumpJob,
+        gate: &mut dyn FnMut() -> std::result::Result<(), String>,
+    ) -> Result<()>;
+    /// Everything that speaks against restoring this container from that bundle here, in sentences.
+    fn examine(&self, id: &str, bundle: &Path) -> Vec<String>;
+    /// The root file system of a bundle.
+    fn rootfs(&self, bundle: &Path) -> Result<PathBuf>;
+    /// Starts the incubator with the rights that bundle gives its container; `socket` is where the plugin's
+    /// connections arrive, as a host path.
+    fn incubate(&self, id: &str, bundle: &Path, socket: &Path) -> Result<Box<dyn Nursery>>;
+    /// Restores up to the last gate.
+    fn restore(&self, job: &RestoreJob) -> Result<Box<dyn Held>>;
+    /// The container's processes are gone because it moved: removes its state, cgroup and mounts here.
+    fn forget(&self, container: &Container) -> Result<()>;
+    /// The container's network on this host; `None` for one that has no interface of its own (host network, or none).
+    fn wire(&self, bundle: &Path, init: Option<i32>) -> Result<Option<Box<dyn Wire>>>;
+    /// CRIU's version (40101 is 4.1.1).
+    fn criu(&self) -> Result<u32>;
+}

@@ -1,0 +1,310 @@
+//! What agents say to each other.
+//!
+//! One connection carries one [`Call`] and its [`Return`] at a time; a caller that wants several things at once opens
+//! several connections. Every call that belongs to a migration names it. There is no call without a reply.
+//!
+//! Three roles answer: anybody ([`Order::Describe`] …), the host of a *peer* ([`Order::Claim`] … [`Order::Release`]),
+//! and the *destination* ([`Order::Offer`] … [`Order::Abandon`]). One host can be all three in one migration, the
+//! source included: a source asks itself the same questions through the same handler, without the network.
+//!
+//! Rules for the order of calls to a destination are those of [`crate::engine::dest`].
+
+use rdma_virt::id::{MigrationId, ObjId, PGid, PQpn, PRkey, VGid, VQpn, VRkey, Vpid};
+use rdma_virt::msg::{KeyTable, Reply, Request};
+use rdma_virt::saved::{Build, ProcessState, Remote};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Version of this protocol; both ends must speak the same.
+pub const VERSION: u16 = 1;
+
+/// Longest piece of a file in one [`Order::FilePiece`], bytes.
+pub const PIECE: usize = 4 << 20;
+
+/// A question to another agent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Call {
+    /// `None` only for questions that change nothing and belong to no migration.
+    pub migration: Option<MigrationId>,
+    /// Echoed in the return; ascending on one connection.
+    pub seq: u64,
+    pub order: Order,
+}
+
+/// The reply to a [`Call`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Return {
+    pub seq: u64,
+    pub answer: Result<Answer, Refusal>,
+}
+
+/// Why an agent did not do as told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// Another migration holds the container.
+    #[error("container {container} takes part in {by} already")]
+    Busy { container: String, by: MigrationId },
+    /// In one sentence, as this agent sees it.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// What one agent can ask of another.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Order {
+    // ---- anybody -------------------------------------------------------------------------------------------------
+    /// What are you? → [`Answer::Host`]
+    Describe,
+    /// Where is the end that a QP is about to be connected to? → [`Answer::Resolved`]
+    Resolve { vgid: VGid, vqpn: VQpn },
+    /// These processes live elsewhere now; remember it. → [`Answer::Done`]
+    Moved(Vec<MovedProcess>),
+    /// Of the source: what became of this migration? → [`Answer::Fate`]
+    Fate,
+
+    // ---- the host of a peer ----------------------------------------------------------------------------------------
+    /// Which of your processes hold the far ends of these links? → [`Answer::Found`], in the order asked.
+    Find { links: Vec<Link> },
+    /// These containers of yours take part in the migration from now on, and in no other. Also checks that their
+    /// processes can take part at all. → [`Answer::Done`], or [`Refusal::Busy`]
+    ///
+    /// `port` is the one on which the source's agent (at the caller's address) can be asked for the fate.
+    Claim { containers: Vec<String>, port: u16 },
+    /// Put this to the shim of that process. Only what a peer may be asked. → [`Answer::Shim`]
+    Relay { container: String, vpid: Vpid, request: Request },
+    /// The migration is over for your containers. Before commit (`committed` false) their shims are told to abort.
+    /// → [`Answer::Done`]
+    Release { committed: bool },
+
+    // ---- the destination -------------------------------------------------------------------------------------------
+    /// Could you take this container? With `dry_run` nothing is kept. → [`Answer::Offered`]
+    Offer { offer: Box<Offer>, dry_run: bool },
+    /// Make kernel objects equal to these, or bring those made before to this state. → [`Answer::Incubated`]
+    Incubate { states: Vec<ProcessState> },
+    /// Connect the new QPs. → [`Answer::Done`]
+    Join { links: Vec<JoinLink> },
+    /// A file of the image begins. → [`Answer::Done`]
+    FileStart { name: String, len: u64, mode: u32 },
+    /// Its next bytes, at most [`PIECE`]. → [`Answer::Done`]
+    FilePiece { bytes: Vec<u8> },
+    /// It ends; CRC-32 of all its bytes. → [`Answer::Done`] once it is on disk.
+    FileEnd { crc: u32 },
+    /// The image is complete; restore, and hold at the last gate. → [`Answer::Done`]: everything that can fail is done
+    Restore { files: u32 },
+    /// The source has decided: bring the address up, let the tasks run. → [`Answer::Done`]. Repetition is harmless.
+    Commit,
+    /// Have every shim of the container point its objects at the new ones. → [`Answer::Adopted`]
+    Adopt,
+    /// Everybody runs; the migration is history. → [`Answer::Done`]
+    Finish,
+    /// Not committed and never will be: nothing of it may stay. → [`Answer::Done`], also for an unknown migration.
+    Abandon,
+}
+
+impl Order {
+    /// For messages and logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Order::Describe => "describe",
+            Order::Resolve { .. } => "resolve",
+            Order::Moved(_) => "moved",
+            Order::Fate => "fate",
+            Order::Find { .. } => "find",
+            Order::Claim { .. } => "claim",
+            Order::Relay { .. } => "relay",
+            Order::Release { .. } => "release",
+            Order::Offer { .. } => "offer",
+            Order::Incubate { .. } => "incubate",
+            Order::Join { .. } => "join",
+            Order::FileStart { .. } | Order::FilePiece { .. } | Order::FileEnd { .. } => "file",
+            Order::Restore { .. } => "restore",
+            Order::Commit => "commit",
+            Order::Adopt => "adopt",
+            Order::Finish => "finish",
+            Order::Abandon => "abandon",
+        }
+    }
+}
+
+/// The answer to an [`Order`], as its documentation says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Answer {
+    Done,
+    Host(HostFacts),
+    /// `None`: nothing known of that end here.
+    Resolved(Option<Resolved>),
+    Fate(Fate),
+    Found(Vec<FarEnd>),
+    Shim(Reply),
+    /// Everything that stands against it, in sentences; empty means it can be done.
+    Offered {
+        problems: Vec<String>,
+    },
+    Incubated {
+        qps: Vec<BornQp>,
+    },
+    Adopted {
+        keys: Vec<(Vpid, KeyTable)>,
+    },
+}
+
+/// Where an end is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resolved {
+    pub pgid: PGid,
+    pub pqpn: PQpn,
+    /// Remote keys that differ from those the application there hands out.
+    pub keys: Vec<(VRkey, PRkey)>,
+}
+
+/// What a source says about one of its migrations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fate {
+    /// It is under way.
+    Undecided,
+    Committed,
+    /// Or never heard of: a source that has no record has not committed.
+    Aborted,
+}
+
+/// One connection of the moving container, described from its side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    pub near_vqpn: VQpn,
+    pub near_pqpn: PQpn,
+    pub far: Remote,
+}
+
+/// What a host knows of the far end of a link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FarEnd {
+    /// A process with the shim has it.
+    Shim(End),
+    /// Somebody has it, in words, but no shim answers for it.
+    Foreign(String),
+    /// Nobody has it any more: its process ended, or destroyed it.
+    Gone,
+}
+
+/// One QP of one process of one container; the host is known from context.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct End {
+    pub container: String,
+    pub vpid: Vpid,
+    pub comm: String,
+    pub vqpn: VQpn,
+    /// It is connected back to the moving QP (RTR or later); otherwise it only waits to be.
+    pub connected: bool,
+}
+
+/// A QP the destination made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BornQp {
+    pub vpid: Vpid,
+    pub context: ObjId,
+    pub qp: ObjId,
+    pub vqpn: VQpn,
+    pub pqpn: PQpn,
+    /// Where the far end has to send to.
+    pub pgid: PGid,
+}
+
+/// How the destination connects one of its new QPs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinLink {
+    pub vpid: Vpid,
+    pub context: ObjId,
+    pub qp: ObjId,
+    /// New location of the far end; its virtual names do not change.
+    pub remote: Remote,
+    /// First PSN this end sends with, and the one it expects. 24 bits.
+    pub sq_psn: u32,
+    pub rq_psn: u32,
+}
+
+/// A contiguous range of virtual QP numbers that only one container gives out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    pub first: u32,
+    pub count: u32,
+}
+
+/// What a destination must know to say yes or no.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    pub container: String,
+    /// Where its bundle lies, on both hosts.
+    pub bundle: PathBuf,
+    /// Name of the source for messages.
+    pub from: String,
+    /// Port on which the source's agent can be asked for the fate; its address is the caller's.
+    pub from_port: u16,
+    /// 40101 is 4.1.1.
+    pub criu: u32,
+    pub cpu_flags: Vec<String>,
+    /// One entry for each process.
+    pub processes: Vec<OfferedProcess>,
+    /// Bytes the image will need on the destination, estimated.
+    pub image_bytes: u64,
+    /// The container was paused when found; it stays so.
+    pub paused: bool,
+    /// Range from which QPs made after the move get their virtual numbers.
+    pub lease: Lease,
+    pub adopt: bool,
+}
+
+/// What one RDMA process needs of a destination.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfferedProcess {
+    pub vpid: Vpid,
+    pub comm: String,
+    pub builds: Vec<Build>,
+    /// Driver names of its devices, and the GID types (`ibv_gid_type`) its QPs use there.
+    pub devices: Vec<(String, Vec<u32>)>,
+}
+
+/// What a host has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFacts {
+    pub name: String,
+    pub version: String,
+    /// `None`: no usable CRIU, or none found yet.
+    pub criu: Option<u32>,
+    pub devices: Vec<DeviceFacts>,
+}
+
+/// One RDMA device of a host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceFacts {
+    pub name: String,
+    pub driver: String,
+    pub gids: Vec<GidFacts>,
+}
+
+/// One GID of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GidFacts {
+    pub port: u8,
+    pub index: u16,
+    pub gid: PGid,
+    /// As in `enum ibv_gid_type`.
+    pub kind: u32,
+}
+
+/// Where one process that moved is now, for those who connect to it or hold its keys.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MovedProcess {
+    pub container: String,
+    pub vpid: Vpid,
+    /// GIDs its application shows to others.
+    pub vgids: Vec<VGid>,
+    /// Its virtual QP numbers and where they are.
+    pub qps: Vec<(VQpn, PQpn, PGid)>,
+    pub keys: KeyTable,
+    /// Range its later QPs come from.
+    pub lease: Lease,
+    /// `host:port` of the agent where it lives.
+    pub at: String,
+    /// Seconds since 1970 by the source's clock: the newer of two entries counts.
+    pub since: u64,
+}

@@ -1,0 +1,160 @@
+//! Being called by other agents: one thread per connection, a cap on how many, nothing done before both ends have
+//! proved who they are.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+
+use super::client::Deadlined;
+use super::frame::{AGENT, FrameError};
+use super::msg::{Call, Return};
+
+/// Connections at a time; more are closed at once.
+const MOST: usize = 512;
+
+/// For the TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Between two calls on one connection; callers dial again when it was closed.
+const IDLE: Duration = Duration::from_secs(600);
+
+/// For writing a return.
+const WRITE: Duration = Duration::from_secs(60);
+
+/// Answers calls.
+pub trait Handler: Send + Sync + 'static {
+    /// Does what `call` asks, with whatever deadline that needs; `from` is the caller's address.
+    fn handle(&self, from: SocketAddr, call: Call) -> Return;
+}
+
+/// Serves until the process ends.
+pub fn serve(listener: TcpListener, config: Arc<ServerConfig>, handler: Arc<dyn Handler>) -> io::Result<()> {
+    let live = Arc::new(AtomicUsize::new(0));
+    thread::Builder::new().name("net-accept".into()).spawn(move || {
+        loop {
+            let (tcp, from) = match listener.accept() {
+                Ok(pair) => pair,
+                Err(e) => {
+                    eprintln!("accepting a connection: {e}");
+                    // Out of descriptors, most likely: give the others time to end.
+                    thread::sleep(Duration::from_millis(100));
+                    continue;
+                }
+            };
+            if live.fetch_add(1, Ordering::Relaxed) >= MOST {
+                live.fetch_sub(1, Ordering::Relaxed);
+                eprintln!("{from}: closed, {MOST} connections are open");
+                continue;
+            }
+            let (config, handler, done) = (config.clone(), handler.clone(), live.clone());
+            let spawned = thread::Builder::new().name("net-call".into()).spawn(move || {
+                if let Err(e) = converse(tcp, from, config, &*handler) {
+                    eprintln!("{from}: {}", crate::agent::chain(&e));
+                }
+                done.fetch_sub(1, Ordering::Relaxed);
+            });
+            if let Err(e) = spawned {
+                live.fetch_sub(1, Ordering::Relaxed);
+                eprintln!("{from}: no thread for it: {e}");
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn converse(
+    tcp: TcpStream,
+    from: SocketAddr,
+    config: Arc<ServerConfig>,
+    handler: &dyn Handler,
+) -> Result<(), FrameError> {
+    tcp.set_nodelay(true)?;
+    let tls = ServerConnection::new(config).map_err(|e| FrameError::Io(io::Error::other(e)))?;
+    let mut stream = StreamOwned::new(tls, Deadlined::new(tcp));
+    stream.sock.until = Some(Instant::now() + HANDSHAKE);
+    while stream.conn.is_handshaking() {
+        stream.conn.complete_io(&mut stream.sock)?;
+    }
+    loop {
+        stream.sock.until = Some(Instant::now() + IDLE);
+        let call: Call = match AGENT.read(&mut stream) {
+            Ok(call) => call,
+            Err(FrameError::Closed | FrameError::TimedOut) => return Ok(()),
+            // A caller that just went away, without TLS' good-bye: its own business.
+            Err(FrameError::Io(e)) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(FrameError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        let back = handler.handle(from, call);
+        stream.sock.until = Some(Instant::now() + WRITE);
+        AGENT.write(&mut stream, &back)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::client::{CallError, Client};
+    use crate::net::msg::{Answer, Order, Refusal};
+    use crate::net::tls::{Identity, TlsFiles};
+    use crate::pki;
+    use std::path::Path;
+
+    struct Echo;
+    impl Handler for Echo {
+        fn handle(&self, _: SocketAddr, call: Call) -> Return {
+            let answer = match call.order {
+                Order::Describe => Ok(Answer::Done),
+                _ => Err(Refusal::Failed("only describe".into())),
+            };
+            Return { seq: call.seq, answer }
+        }
+    }
+
+    fn identity(dir: &Path, name: &str) -> Identity {
+        pki::issue(dir, name, &["127.0.0.1".parse().unwrap()], &[]).unwrap();
+        Identity::load(&TlsFiles {
+            ca: dir.join("ca.pem"),
+            cert: dir.join(format!("{name}.pem")),
+            key: dir.join(format!("{name}.key")),
+        })
+        .unwrap()
+    }
+
+    fn start(identity: &Identity) -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        serve(listener, identity.server.clone(), Arc::new(Echo)).unwrap();
+        port
+    }
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn two_nodes_of_one_authority_talk_and_reuse_their_connection() {
+        let dir = tempfile::tempdir().unwrap();
+        pki::init(dir.path()).unwrap();
+        let port = start(&identity(dir.path(), "a"));
+        let client = Client::new(Ok(identity(dir.path(), "b").client), port);
+        for _ in 0..3 {
+            assert_eq!(client.call("127.0.0.1", None, Order::Describe, SOON).unwrap(), Answer::Done);
+        }
+        let refused = client.call("127.0.0.1", None, Order::Fate, SOON).unwrap_err();
+        assert!(matches!(refused, CallError::Refused { .. }), "{refused}");
+    }
+
+    #[test]
+    fn a_node_of_another_authority_is_not_heard() {
+        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        pki::init(ours.path()).unwrap();
+        pki::init(theirs.path()).unwrap();
+        let port = start(&identity(ours.path(), "a"));
+        let client = Client::new(Ok(identity(theirs.path(), "b").client), port);
+        assert!(client.call("127.0.0.1", None, Order::Describe, SOON).is_err());
+    }
+}
