@@ -2,6 +2,7 @@
 pub mod agent;
 pub mod criu;
 pub mod image;
+pub mod incubator;
 pub mod net;
 pub mod phase;
 pub mod pki;

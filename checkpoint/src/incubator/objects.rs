@@ -1,0 +1,440 @@
+//! The kernel objects of the processes that are to come: made, changed and destroyed so that they equal what a
+//! [`ProcessState`] says, as often as a newer one arrives.
+//!
+//! Objects are keyed by process, context and object id, so a second state costs only its differences. Queues are never
+//! mapped here: the kernel allows that once, and the restored process needs it.
+
+use super::gid;
+use super::proto::Link;
+use super::qp::{self, Qp};
+use crate::uverbs::context::{CqAttr, SrqAttr};
+use crate::uverbs::{Context, Device, Mapping, UverbsError};
+use rdma_virt::id::{Handle, ObjId, Vpid};
+use rdma_virt::saved::{
+    AdoptedContext, AdoptedProcess, ContextState, CqState, ProcessState, QpPhase, QueueMap, SgidMap, SrqState,
+};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// An object could not be made equal to the state.
+#[derive(Debug, thiserror::Error)]
+pub enum ObjectError {
+    #[error("{what} of process {vpid} ({comm}): {source}")]
+    Verb { what: String, vpid: Vpid, comm: String, source: UverbsError },
+    #[error("{what} of process {vpid} ({comm}): {why}")]
+    Wrong { what: String, vpid: Vpid, comm: String, why: String },
+    #[error("no RDMA device here for {device} (driver {driver}) of process {vpid}; this host has: {have}")]
+    NoDevice { device: String, driver: String, vpid: Vpid, have: String },
+    #[error("process {vpid} has no object {qp} in context {ctx} to connect")]
+    NoQp { vpid: Vpid, ctx: ObjId, qp: ObjId },
+}
+
+/// Whose object an error is about.
+#[derive(Clone, Debug)]
+pub(super) struct Owner {
+    pub vpid: Vpid,
+    pub comm: String,
+}
+
+impl Owner {
+    pub fn verb(&self, what: impl Into<String>) -> impl FnOnce(UverbsError) -> ObjectError {
+        let (what, vpid, comm) = (what.into(), self.vpid, self.comm.clone());
+        move |source| ObjectError::Verb { what, vpid, comm, source }
+    }
+
+    pub fn wrong(&self, what: impl Into<String>, why: impl Into<String>) -> ObjectError {
+        ObjectError::Wrong { what: what.into(), vpid: self.vpid, comm: self.comm.clone(), why: why.into() }
+    }
+}
+
+/// A CQ or SRQ with the state it was made from.
+#[derive(Debug)]
+struct Queue<S> {
+    state: S,
+    handle: Handle,
+    map: Option<Mapping>,
+}
+
+/// One context of a process to come.
+#[derive(Debug)]
+struct Home {
+    context: Context,
+    sgids: Vec<SgidMap>,
+    cmd_fd: i32,
+    async_fd: i32,
+    pds: BTreeMap<ObjId, Handle>,
+    channels: BTreeMap<ObjId, (i32, OwnedFd)>,
+    cqs: BTreeMap<ObjId, Queue<CqState>>,
+    srqs: BTreeMap<ObjId, Queue<SrqState>>,
+    qps: BTreeMap<ObjId, Qp>,
+}
+
+/// Everything this incubator has made.
+#[derive(Debug, Default)]
+pub struct Objects {
+    processes: BTreeMap<Vpid, BTreeMap<ObjId, Home>>,
+    /// Device on the source → device here, from the parent.
+    choice: BTreeMap<String, String>,
+}
+
+/// A queue that the restored process maps.
+#[derive(Debug)]
+pub struct Grant<'a> {
+    pub fd: BorrowedFd<'a>,
+    /// Offset to map, bytes.
+    pub offset: u64,
+}
+
+impl Objects {
+    pub fn new(choice: Vec<(String, String)>) -> Self {
+        Self { processes: BTreeMap::new(), choice: choice.into_iter().collect() }
+    }
+
+    /// Makes the kernel objects equal to `wanted`. After an error what was done stays; a repetition goes on from there.
+    pub fn converge(&mut self, wanted: &[ProcessState], here: &[Device]) -> Result<(), ObjectError> {
+        self.processes.retain(|vpid, _| wanted.iter().any(|process| process.vpid == *vpid));
+        for process in wanted {
+            let owner = Owner { vpid: process.vpid, comm: process.comm.clone() };
+            let homes = self.processes.entry(process.vpid).or_default();
+            homes.retain(|id, _| process.contexts.iter().any(|context| context.id == *id));
+            for state in &process.contexts {
+                let device = choose(&self.choice, state, here, process.vpid)?;
+                let home = match homes.entry(state.id) {
+                    std::collections::btree_map::Entry::Occupied(home) => home.into_mut(),
+                    std::collections::btree_map::Entry::Vacant(room) => {
+                        let context = Context::open(device).map_err(owner.verb(format!("context {}", state.device)))?;
+                        room.insert(Home::new(context))
+                    }
+                };
+                home.converge(&owner, state, device)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Connects one QP as far as its state wants.
+    pub fn connect(&mut self, link: &Link) -> Result<(), ObjectError> {
+        let missing = ObjectError::NoQp { vpid: link.vpid, ctx: link.ctx, qp: link.qp };
+        let home = self.processes.get_mut(&link.vpid).and_then(|homes| homes.get_mut(&link.ctx));
+        let Some(home) = home else { return Err(missing) };
+        let Some(qp) = home.qps.get_mut(&link.qp) else { return Err(missing) };
+        let owner = Owner { vpid: link.vpid, comm: "connect".into() };
+        qp.connect(&owner, &home.context, &home.sgids, link)
+    }
+
+    /// What there is.
+    pub fn report(&self) -> Vec<AdoptedProcess> {
+        self.processes
+            .iter()
+            .map(|(vpid, homes)| AdoptedProcess {
+                vpid: *vpid,
+                contexts: homes.iter().map(|(id, home)| home.report(*id)).collect(),
+            })
+            .collect()
+    }
+
+    /// The file that was descriptor `fd` of process `vpid`.
+    pub fn file(&self, vpid: i32, fd: i32) -> Option<BorrowedFd<'_>> {
+        self.processes.get(&Vpid(vpid))?.values().find_map(|home| home.file(fd))
+    }
+
+    /// The queue that process `vpid` had mapped at `addr`, with the old offset for checking.
+    pub fn queue(&self, vpid: i32, addr: u64, old_offset: u64) -> Result<Grant<'_>, String> {
+        let homes =
+            self.processes.get(&Vpid(vpid)).ok_or_else(|| format!("process {vpid} has no RDMA objects here"))?;
+        for home in homes.values() {
+            for (what, old, new) in home.queues() {
+                if old.addr != addr {
+                    continue;
+                }
+                if old.offset != old_offset {
+                    let told = old.offset;
+                    return Err(format!("{what} was mapped at offset {told:#x} but CRIU's image says {old_offset:#x}"));
+                }
+                return Ok(Grant { fd: home.context.cmd_fd(), offset: new.offset });
+            }
+        }
+        Err(format!("process {vpid} maps an RDMA device at {addr:#x}, which is no queue its shim reported"))
+    }
+
+    /// Descriptors and mappings that restored processes have to take over: (vpid, fd, name) and (vpid, address, name).
+    pub fn expected(&self) -> (Vec<(i32, i32, String)>, Vec<(i32, u64, String)>) {
+        let (mut files, mut maps) = (Vec::new(), Vec::new());
+        for (vpid, homes) in &self.processes {
+            for home in homes.values() {
+                let device = home.context.device();
+                files.push((vpid.0, home.cmd_fd, format!("command file of {device}")));
+                files.push((vpid.0, home.async_fd, format!("event file of {device}")));
+                for (id, (fd, _)) in &home.channels {
+                    files.push((vpid.0, *fd, format!("completion channel {id}")));
+                }
+                maps.extend(home.queues().map(|(what, old, _)| (vpid.0, old.addr, what)));
+            }
+        }
+        (files, maps)
+    }
+}
+
+/// The device here that takes the place of the one a context was open on.
+fn choose<'a>(
+    choice: &BTreeMap<String, String>,
+    state: &ContextState,
+    here: &'a [Device],
+    vpid: Vpid,
+) -> Result<&'a Device, ObjectError> {
+    let found = match choice.get(&state.device) {
+        Some(name) => here.iter().find(|device| device.name == *name),
+        None => {
+            let mut fitting = here.iter().filter(|device| device.driver == state.driver);
+            fitting.clone().find(|device| device.is_active()).or_else(|| fitting.next())
+        }
+    };
+    found.ok_or_else(|| ObjectError::NoDevice {
+        device: state.device.clone(),
+        driver: state.driver.clone(),
+        vpid,
+        have: here.iter().map(|device| format!("{} ({})", device.name, device.driver)).collect::<Vec<_>>().join(", "),
+    })
+}
+
+impl Home {
+    fn new(context: Context) -> Self {
+        Self {
+            context,
+            sgids: Vec::new(),
+            cmd_fd: -1,
+            async_fd: -1,
+            pds: BTreeMap::new(),
+            channels: BTreeMap::new(),
+            cqs: BTreeMap::new(),
+            srqs: BTreeMap::new(),
+            qps: BTreeMap::new(),
+        }
+    }
+
+    fn converge(&mut self, owner: &Owner, state: &ContextState, device: &Device) -> Result<(), ObjectError> {
+        self.cmd_fd = state.cmd_fd;
+        self.async_fd = state.async_fd;
+        let sgids = gid::map(&state.gids, device);
+        if sgids != self.sgids {
+            // A changed GID table makes every address vector doubtful.
+            self.qps.values_mut().for_each(Qp::forget_link);
+            self.sgids = sgids;
+        }
+        self.destroy_stale(owner, state)?;
+        self.create_missing(owner, state)?;
+        for wanted in &state.qps {
+            if let Some(qp) = self.qps.get_mut(&wanted.id) {
+                qp.settle(owner, &self.context, wanted)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Destroys what is gone or was made from something that changed, users before the used.
+    fn destroy_stale(&mut self, owner: &Owner, state: &ContextState) -> Result<(), ObjectError> {
+        let channel_stays = |id: &ObjId| state.channels.iter().any(|channel| channel.id == *id);
+        let cq_stays = |id: &ObjId| {
+            let made = self.cqs.get(id);
+            made.is_some_and(|cq| state.cqs.iter().any(|now| now.id == *id && same_cq(&cq.state, now)))
+        };
+        let srq_stays = |id: &ObjId| {
+            let made = self.srqs.get(id);
+            made.is_some_and(|srq| state.srqs.iter().any(|now| now.id == *id && same_srq(&srq.state, now)))
+        };
+        let qp_stays = |id: &ObjId, made: &Qp| {
+            state.qps.iter().any(|now| {
+                now.id == *id
+                    && made.same_shape(now)
+                    && cq_stays(&now.send_cq)
+                    && cq_stays(&now.recv_cq)
+                    && now.srq.as_ref().is_none_or(srq_stays)
+            })
+        };
+        let qps: Vec<ObjId> = self.qps.iter().filter(|(id, made)| !qp_stays(id, made)).map(|(id, _)| *id).collect();
+        let srqs: Vec<ObjId> = self.srqs.keys().filter(|id| !srq_stays(id)).copied().collect();
+        let cqs: Vec<ObjId> = self.cqs.keys().filter(|id| !cq_stays(id)).copied().collect();
+        let pds: Vec<ObjId> = self.pds.keys().filter(|id| !state.pds.iter().any(|pd| pd.id == **id)).copied().collect();
+        for id in qps {
+            self.context.destroy_qp(self.qps[&id].handle()).map_err(owner.verb(format!("QP {id}")))?;
+            self.qps.remove(&id);
+        }
+        for id in srqs {
+            self.context.destroy_srq(self.srqs[&id].handle).map_err(owner.verb(format!("SRQ {id}")))?;
+            self.srqs.remove(&id);
+        }
+        for id in cqs {
+            self.context.destroy_cq(self.cqs[&id].handle).map_err(owner.verb(format!("CQ {id}")))?;
+            self.cqs.remove(&id);
+        }
+        self.channels.retain(|id, _| channel_stays(id));
+        for id in pds {
+            self.context.destroy_pd(self.pds[&id]).map_err(owner.verb(format!("PD {id}")))?;
+            self.pds.remove(&id);
+        }
+        Ok(())
+    }
+
+    /// Creates what is missing, the used before their users. The restored process' own pointers become the kernel's
+    /// `user_handle`, which it gives back in events.
+    fn create_missing(&mut self, owner: &Owner, state: &ContextState) -> Result<(), ObjectError> {
+        for pd in &state.pds {
+            if !self.pds.contains_key(&pd.id) {
+                let handle = self.context.alloc_pd().map_err(owner.verb(format!("PD {}", pd.id)))?;
+                self.pds.insert(pd.id, handle);
+            }
+        }
+        for channel in &state.channels {
+            match self.channels.get_mut(&channel.id) {
+                Some((fd, _)) => *fd = channel.fd,
+                None => {
+                    let what = owner.verb(format!("completion channel {}", channel.id));
+                    let file = self.context.create_comp_channel().map_err(what)?;
+                    self.channels.insert(channel.id, (channel.fd, file));
+                }
+            }
+        }
+        for cq in &state.cqs {
+            if !self.cqs.contains_key(&cq.id) {
+                let what = format!("CQ {}", cq.id);
+                let channel = match cq.channel {
+                    None => None,
+                    Some(id) => {
+                        let channel = self.channels.get(&id).map(|(_, file)| file.as_fd());
+                        Some(
+                            channel
+                                .ok_or_else(|| owner.wrong(&what, format!("its channel {id} is not in the state")))?,
+                        )
+                    }
+                };
+                let attr = CqAttr { cqe: cq.cqe, user_handle: cq.user_handle, comp_vector: cq.comp_vector, channel };
+                let made = self.context.create_cq(&attr).map_err(owner.verb(&what))?;
+                self.cqs.insert(cq.id, Queue { state: cq.clone(), handle: made.handle, map: made.map });
+                check_size(owner, &what, cq.map, made.map)?;
+            }
+            if let Some(made) = self.cqs.get_mut(&cq.id) {
+                made.state = cq.clone();
+            }
+        }
+        for srq in &state.srqs {
+            if !self.srqs.contains_key(&srq.id) {
+                let what = format!("SRQ {}", srq.id);
+                let attr = SrqAttr {
+                    pd: self.pd(owner, &what, srq.pd)?,
+                    user_handle: srq.user_handle,
+                    max_wr: srq.max_wr,
+                    max_sge: srq.max_sge,
+                    limit: srq.limit,
+                };
+                let made = self.context.create_srq(&attr).map_err(owner.verb(&what))?;
+                self.srqs.insert(srq.id, Queue { state: srq.clone(), handle: made.handle, map: made.map });
+                check_size(owner, &what, srq.map, made.map)?;
+            }
+            if let Some(made) = self.srqs.get_mut(&srq.id) {
+                if made.state.limit != srq.limit {
+                    let what = owner.verb(format!("limit of SRQ {}", srq.id));
+                    self.context.modify_srq_limit(made.handle, srq.limit).map_err(what)?;
+                }
+                made.state = srq.clone();
+            }
+        }
+        for wanted in &state.qps {
+            if self.qps.contains_key(&wanted.id) {
+                continue;
+            }
+            let what = format!("QP {}", wanted.vqpn.0);
+            let cq = |id: ObjId| {
+                let found = self.cqs.get(&id).map(|cq| cq.handle);
+                found.ok_or_else(|| owner.wrong(&what, format!("its CQ {id} is not in the state")))
+            };
+            let srq = match wanted.srq {
+                None => None,
+                Some(id) => {
+                    let found = self.srqs.get(&id).map(|srq| srq.handle);
+                    Some(found.ok_or_else(|| owner.wrong(&what, format!("its SRQ {id} is not in the state")))?)
+                }
+            };
+            let parts = qp::Parts {
+                pd: self.pd(owner, &what, wanted.pd)?,
+                send_cq: cq(wanted.send_cq)?,
+                recv_cq: cq(wanted.recv_cq)?,
+                srq,
+            };
+            let made = Qp::create(owner, &self.context, wanted, &parts)?;
+            let (sq, rq) = (made.maps().sq, made.maps().rq);
+            self.qps.insert(wanted.id, made);
+            check_size(owner, &format!("send queue of {what}"), wanted.sq_map, sq)?;
+            check_size(owner, &format!("receive queue of {what}"), wanted.rq_map, rq)?;
+        }
+        Ok(())
+    }
+
+    fn pd(&self, owner: &Owner, what: &str, id: ObjId) -> Result<Handle, ObjectError> {
+        self.pds.get(&id).copied().ok_or_else(|| owner.wrong(what, format!("its PD {id} is not in the state")))
+    }
+
+    fn file(&self, fd: i32) -> Option<BorrowedFd<'_>> {
+        if fd == self.cmd_fd {
+            return Some(self.context.cmd_fd());
+        }
+        if fd == self.async_fd {
+            return Some(self.context.async_fd());
+        }
+        self.channels.values().find(|(number, _)| *number == fd).map(|(_, file)| file.as_fd())
+    }
+
+    /// Name, old mapping and new mapping of every queue the process has mapped.
+    fn queues(&self) -> impl Iterator<Item = (String, QueueMap, Mapping)> {
+        let cqs = self.cqs.iter().map(|(id, cq)| (format!("CQ {id}"), cq.state.map, cq.map));
+        let srqs = self.srqs.iter().map(|(id, srq)| (format!("SRQ {id}"), srq.state.map, srq.map));
+        let qps = self.qps.values().flat_map(Qp::queues);
+        cqs.chain(srqs).chain(qps).filter_map(|(what, old, new)| Some((what, old?, new?)))
+    }
+
+    fn report(&self, id: ObjId) -> AdoptedContext {
+        AdoptedContext {
+            id,
+            device: self.context.device().to_owned(),
+            sgid_index: self.sgids.clone(),
+            pds: self.pds.iter().map(|(id, handle)| (*id, *handle)).collect(),
+            cqs: self.cqs.iter().map(|(id, cq)| (*id, cq.handle)).collect(),
+            srqs: self.srqs.iter().map(|(id, srq)| (*id, srq.handle)).collect(),
+            qps: self.qps.iter().map(|(id, qp)| qp.report(*id)).collect(),
+            mrs: Vec::new(),
+        }
+    }
+}
+
+fn same_cq(made: &CqState, now: &CqState) -> bool {
+    (made.cqe, made.comp_vector, made.channel, made.user_handle)
+        == (now.cqe, now.comp_vector, now.channel, now.user_handle)
+}
+
+fn same_srq(made: &SrqState, now: &SrqState) -> bool {
+    (made.pd, made.max_wr, made.max_sge, made.user_handle) == (now.pd, now.max_wr, now.max_sge, now.user_handle)
+}
+
+/// The application's library goes on with the size it knows, so the new queue must have exactly that.
+pub(super) fn check_size(
+    owner: &Owner,
+    what: &str,
+    old: Option<QueueMap>,
+    new: Option<Mapping>,
+) -> Result<(), ObjectError> {
+    const PAGE: u64 = 4096;
+    let pages = |len: u64| len.div_ceil(PAGE);
+    match (old, new) {
+        (Some(old), Some(new)) if pages(old.len) != pages(new.len) => {
+            let (old, new) = (old.len, new.len);
+            Err(owner
+                .wrong(what, format!("the kernel here makes it {new} bytes long, on the source it was {old} bytes")))
+        }
+        (Some(_), None) => Err(owner.wrong(what, "the driver here gives it no memory to map")),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a QP in this phase carries an address of its remote end.
+pub(super) fn is_connected(phase: QpPhase) -> bool {
+    matches!(phase, QpPhase::Rtr | QpPhase::Rts | QpPhase::Sqd | QpPhase::Sqe)
+}
