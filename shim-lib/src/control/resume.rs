@@ -1,0 +1,80 @@
+//! The end of a migration in this process: what was held goes out, oldest first, and posting is free again. Which
+//! QPs are used by then, the old ones or new ones, was decided before.
+
+use std::sync::Arc;
+
+use super::note;
+use super::session::{Migration, Refused, look};
+use crate::qp::ShadowQp;
+use crate::{gate, registry};
+
+/// Lets held sends go out. Those that still have some, because their queue is full, are returned: call again when
+/// the NIC has taken some.
+pub fn flush(qps: Vec<Arc<ShadowQp>>) -> Vec<Arc<ShadowQp>> {
+    if qps.is_empty() {
+        return qps;
+    }
+    let _pass = look("the end of a suspension");
+    qps.into_iter()
+        .filter(|qp| !qp.is_dead())
+        .filter(|qp| match qp.resume() {
+            Ok(_) => false,
+            Err(left) => {
+                note(|| format!("{}: {left} held sends wait for room in the queue", qp.vqpn()));
+                true
+            }
+        })
+        .collect()
+}
+
+/// After adoption or switch, when every end is in place.
+pub fn resume(migration: &mut Migration) -> Vec<Arc<ShadowQp>> {
+    let left = flush(std::mem::take(&mut migration.qps));
+    drop_seconds(migration);
+    if migration.moving {
+        gate::thaw();
+    }
+    left
+}
+
+/// Before commit: everything is as it was. What could not be undone is said; the rest is undone all the same.
+pub fn abort(migration: &mut Migration) -> (Vec<Arc<ShadowQp>>, Result<(), Refused>) {
+    let mut failed = Vec::new();
+    {
+        let _pass = look("the end of a suspension");
+        if migration.frozen.take().is_some() {
+            for ctx in registry::contexts().iter().filter(|c| !c.is_dead()) {
+                for srq in ctx.srqs().iter().filter(|s| !s.is_dead()) {
+                    if let Err(e) = srq.reopen() {
+                        failed.push(format!("receives of SRQ {}: {e}", srq.id.0));
+                    }
+                }
+                ctx.cqs().iter().filter(|c| !c.is_dead()).for_each(|c| c.set_frozen(false));
+            }
+        }
+        for qp in migration.qps.iter().filter(|q| !q.is_dead()) {
+            if let Err(e) = qp.reopen_rq() {
+                failed.push(format!("receives of qp {}: {e}", qp.vqpn().0));
+            }
+        }
+    }
+    let left = flush(std::mem::take(&mut migration.qps));
+    drop_seconds(migration);
+    if migration.moving {
+        gate::thaw();
+    }
+    let result = if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(Refused::new(format!("not everything could be posted again: {}", failed.join("; "))))
+    };
+    (left, result)
+}
+
+/// Second QPs that were not used.
+fn drop_seconds(migration: &mut Migration) {
+    let _pass = look("the end of second QPs");
+    for qp in migration.seconds.drain(..).filter(|q| !q.is_dead()) {
+        qp.drop_second();
+    }
+}

@@ -1,0 +1,217 @@
+//! Which migration this process takes part in, and the answer to each request. Every request may be repeated: what is
+//! done already is not done again. A second migration is told who holds the process.
+//!
+//! What a step does is in the other modules; here is only what is legal when.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rdma_virt::id::MigrationId;
+use rdma_virt::msg::{FromShim, KeyTable, Reply, Request, Scope, ToShim};
+
+use super::drain::Drained;
+use super::freeze::{Epoch, Frozen};
+use super::wire::{Conn, WireError};
+use super::{adopt, drain, freeze, peer, report, resume, suspend};
+use crate::gate;
+use crate::qp::ShadowQp;
+
+/// What the control thread does after an answer.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Wait for the next request.
+    Serve,
+    /// The connection is of no use any more.
+    Reconnect,
+    /// The process is about to be written down: no connection until the epoch changes.
+    AwaitEpoch(Epoch),
+}
+
+/// Why a request was not carried out, in one sentence.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Refused(pub String);
+
+impl Refused {
+    pub fn new(why: impl Into<String>) -> Self {
+        Self(why.into())
+    }
+}
+
+/// Permission to look at objects without the application destroying them meanwhile. While the gate is shut (only this
+/// thread shuts it) nobody can.
+pub fn look(what: &'static str) -> Option<gate::Pass> {
+    (!gate::is_frozen()).then(|| gate::enter(what))
+}
+
+/// A migration under way.
+pub struct Migration {
+    pub id: MigrationId,
+    /// Those that are suspended.
+    pub qps: Vec<Arc<ShadowQp>>,
+    /// Those that have a second QP.
+    pub seconds: Vec<Arc<ShadowQp>>,
+    /// It is this process that moves: all its control verbs wait.
+    pub moving: bool,
+    pub drained: bool,
+    pub frozen: Option<Frozen>,
+    /// What was answered to `Adopt`.
+    pub adopted: Option<KeyTable>,
+    /// Second QPs are in use: there is no way back.
+    pub switched: bool,
+}
+
+impl Migration {
+    fn new(id: MigrationId) -> Self {
+        Self {
+            id,
+            qps: Vec::new(),
+            seconds: Vec::new(),
+            moving: false,
+            drained: false,
+            frozen: None,
+            adopted: None,
+            switched: false,
+        }
+    }
+
+    fn committed(&self) -> bool {
+        self.switched || self.adopted.is_some()
+    }
+}
+
+/// The control thread's memory; survives its connections.
+#[derive(Default)]
+pub struct Session {
+    current: Option<Migration>,
+    /// The last one that ended here, so that its end can be asked for again.
+    ended: Option<MigrationId>,
+    /// QPs whose held sends did not all fit into the queue yet.
+    flushing: Vec<Arc<ShadowQp>>,
+    markers: suspend::MarkerRights,
+}
+
+impl Session {
+    /// Work that goes on between requests. How long to wait for the next one.
+    pub fn tick(&mut self) -> Duration {
+        self.flushing = resume::flush(std::mem::take(&mut self.flushing));
+        if self.current.is_none() {
+            self.markers.revoke_expired(Instant::now());
+        }
+        if self.flushing.is_empty() { Duration::from_secs(1) } else { Duration::from_millis(1) }
+    }
+
+    /// Answers one request. An error is the connection's, not the request's.
+    pub fn answer(&mut self, asked: ToShim, conn: &Conn) -> Result<Next, WireError> {
+        let is_freeze = matches!(asked.request, Request::Freeze);
+        let reply = match asked.migration {
+            None if matches!(asked.request, Request::Report) => report::process().map(|s| Reply::State(Box::new(s))),
+            None => Err(Refused::new("the request names no migration")),
+            Some(id) => self.in_migration(id, asked.request, conn),
+        };
+        let reply = reply.unwrap_or_else(|refused| Reply::Refused { why: refused.0 });
+        // Taken before the answer: after it the agent may change the file at any time, and a dump may begin.
+        let epoch = (is_freeze && matches!(reply, Reply::State(_))).then(Epoch::now);
+        conn.send(&FromShim { seq: asked.seq, reply })?;
+        Ok(epoch.map_or(Next::Serve, Next::AwaitEpoch))
+    }
+
+    /// The migration a request is about; begins it if the request may.
+    fn enter(&mut self, id: MigrationId) -> &mut Migration {
+        self.current.get_or_insert_with(|| Migration::new(id))
+    }
+
+    /// The migration under way, for requests that cannot begin one.
+    fn under_way(&mut self) -> Result<&mut Migration, Refused> {
+        self.current.as_mut().ok_or_else(|| Refused::new("no such migration is under way here"))
+    }
+
+    fn in_migration(&mut self, id: MigrationId, request: Request, conn: &Conn) -> Result<Reply, Refused> {
+        if matches!(request, Request::Report) {
+            return report::process().map(|s| Reply::State(Box::new(s)));
+        }
+        if let Some(current) = &self.current
+            && current.id != id
+        {
+            // Another one's abort has nothing to undo here.
+            return Ok(if matches!(request, Request::Abort) {
+                Reply::Done
+            } else {
+                Reply::Busy { by: current.id }
+            });
+        }
+        match request {
+            Request::Report => Err(Refused::new("answered above")),
+            Request::Prepare { qps } => peer::prepare(self.enter(id), &qps),
+            Request::Connect { links } => peer::connect(self.under_way()?, &links),
+            Request::Suspend { scope } => self.suspend(id, &scope),
+            Request::Drain { expect, deadline_ms } => {
+                let migration = self.under_way()?;
+                match drain::drain(migration, &expect, Duration::from_millis(deadline_ms.into()), conn) {
+                    Drained::Done => Ok(Reply::Drained),
+                    Drained::Stuck(qps) => Ok(Reply::Stuck { qps }),
+                    Drained::Interrupted => Err(Refused::new("another request came before the drain ended")),
+                }
+            }
+            Request::Freeze => freeze::freeze(self.under_way()?),
+            Request::Adopt(state) => adopt::adopt(self.under_way()?, &state).map(|keys| Reply::Adopted { keys }),
+            Request::Switch { links, tables } => peer::switch(self.under_way()?, &links, &tables),
+            Request::Resume => self.resume(id),
+            Request::Abort => self.abort(),
+        }
+    }
+
+    fn suspend(&mut self, id: MigrationId, scope: &Scope) -> Result<Reply, Refused> {
+        if self.current.as_ref().is_some_and(Migration::committed) {
+            return Err(Refused::new("the migration has been committed: it can only be resumed"));
+        }
+        let began = self.current.is_none();
+        // A QP still sending what an earlier suspension held goes on doing so after this one.
+        let migration = self.enter(id);
+        let counts = suspend::suspend(migration, scope);
+        match counts {
+            Ok(counts) => {
+                let qps = migration.qps.clone();
+                self.flushing.retain(|f| !qps.iter().any(|q| Arc::ptr_eq(q, f)));
+                self.markers.grant(&qps);
+                Ok(Reply::Suspended { counts })
+            }
+            Err(refused) => {
+                if began {
+                    // Nothing was held before this request: nothing may be after it.
+                    self.abort()?;
+                }
+                Err(refused)
+            }
+        }
+    }
+
+    fn resume(&mut self, id: MigrationId) -> Result<Reply, Refused> {
+        let Some(migration) = &mut self.current else {
+            let repeated = self.ended == Some(id);
+            return if repeated { Ok(Reply::Done) } else { Err(Refused::new("no such migration is under way here")) };
+        };
+        if !migration.committed() && !migration.qps.is_empty() {
+            return Err(Refused::new("nothing was adopted or switched: the migration can only be aborted"));
+        }
+        self.flushing.extend(resume::resume(migration));
+        self.end();
+        Ok(Reply::Done)
+    }
+
+    fn abort(&mut self) -> Result<Reply, Refused> {
+        let Some(migration) = &mut self.current else { return Ok(Reply::Done) };
+        if migration.committed() {
+            return Err(Refused::new("the migration has been committed: it can only be resumed"));
+        }
+        let (left, result) = resume::abort(migration);
+        self.flushing.extend(left);
+        self.end();
+        result.map(|()| Reply::Done)
+    }
+
+    fn end(&mut self) {
+        self.markers.expire_at(Instant::now() + suspend::MARKERS_STAY);
+        self.ended = self.current.take().map(|m| m.id);
+    }
+}

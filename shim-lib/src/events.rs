@@ -1,0 +1,245 @@
+//! Completion and asynchronous events: from the library's objects back to the shadows, and the count of those the
+//! application has taken but not acknowledged.
+//!
+//! Towards the library every event is acknowledged as soon as it is read, so that its count always equals the
+//! kernel's; the application's acknowledgements are counted on the shadow, whose end waits for them. The two blocking
+//! calls have no panic boundary and no destructor around the wait: a thread may be cancelled there.
+#![expect(unsafe_code, reason = "C objects by pointer")]
+
+use std::ptr::addr_of_mut;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use libc::{c_int, c_uint, c_void, pthread_cond_t, pthread_mutex_t};
+
+use crate::abi::{event, ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_qp, ibv_srq};
+use crate::channel::ShadowChannel;
+use crate::context::ShadowContext;
+use crate::cq::ShadowCq;
+use crate::entry::{boundary, entry};
+use crate::errno::set_errno;
+use crate::qp::ShadowQp;
+use crate::real::{self, Symbol};
+use crate::registry;
+use crate::srq::ShadowSrq;
+
+/// Events handed to the application about one object.
+#[derive(Debug)]
+pub struct Deliveries {
+    completion: AtomicU32,
+    asynchronous: AtomicU32,
+}
+
+impl Deliveries {
+    pub const fn new() -> Self {
+        Self { completion: AtomicU32::new(0), asynchronous: AtomicU32::new(0) }
+    }
+
+    /// Returns when every event of this CQ was acknowledged.
+    ///
+    /// # Safety
+    /// `cq` is the live visible part this counts for.
+    pub unsafe fn wait_for_cq(&self, cq: *mut ibv_cq) {
+        // SAFETY: the caller's promise; the members are only touched under the mutex.
+        unsafe {
+            wait(addr_of_mut!((*cq).mutex), addr_of_mut!((*cq).cond), || {
+                (*cq).comp_events_completed == self.completion.load(Ordering::Acquire)
+                    && (*cq).async_events_completed == self.asynchronous.load(Ordering::Acquire)
+            });
+        }
+    }
+
+    /// Returns when every event of this QP or SRQ was acknowledged.
+    ///
+    /// # Safety
+    /// The three are members of the live visible part this counts for.
+    pub unsafe fn wait_for(&self, mutex: *mut pthread_mutex_t, cond: *mut pthread_cond_t, completed: *const u32) {
+        // SAFETY: the caller's promise.
+        unsafe { wait(mutex, cond, || *completed == self.asynchronous.load(Ordering::Acquire)) }
+    }
+}
+
+/// # Safety
+/// Mutex and condition are initialised and live.
+unsafe fn wait(mutex: *mut pthread_mutex_t, cond: *mut pthread_cond_t, done: impl Fn() -> bool) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        libc::pthread_mutex_lock(mutex);
+        while !done() {
+            libc::pthread_cond_wait(cond, mutex);
+        }
+        libc::pthread_mutex_unlock(mutex);
+    }
+}
+
+/// # Safety
+/// Mutex, condition and counter belong to one live object.
+unsafe fn acknowledge(mutex: *mut pthread_mutex_t, cond: *mut pthread_cond_t, counter: *mut u32, n: u32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        libc::pthread_mutex_lock(mutex);
+        *counter = (*counter).wrapping_add(n);
+        libc::pthread_cond_signal(cond);
+        libc::pthread_mutex_unlock(mutex);
+    }
+}
+
+type GetCqEvent = unsafe extern "C-unwind" fn(*mut ibv_comp_channel, *mut *mut ibv_cq, *mut *mut c_void) -> c_int;
+type GetAsyncEvent = unsafe extern "C-unwind" fn(*mut ibv_context, *mut ibv_async_event) -> c_int;
+
+/// Waits for a completion event.
+///
+/// # Safety
+/// As the manual page: a live channel and room for both answers.
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn ibv_get_cq_event(
+    channel: *mut ibv_comp_channel,
+    cq: *mut *mut ibv_cq,
+    cq_context: *mut *mut c_void,
+) -> c_int {
+    static SYMBOL: Symbol = Symbol::new("ibv_get_cq_event\0", "IBVERBS_1.1\0");
+    let prepared = boundary(
+        || Some((SYMBOL.address()?, registry::find::<ShadowChannel>(channel).map(|c| c.real()))),
+        || None,
+    );
+    let Some((address, shadow)) = prepared else {
+        set_errno(libc::ENOSYS);
+        return -1;
+    };
+    // SAFETY: libibverbs' function of this name has this signature.
+    let real = unsafe { std::mem::transmute::<*mut c_void, GetCqEvent>(address) };
+    // SAFETY: the caller's promise; a real channel.
+    let answer = unsafe { real(shadow.unwrap_or(channel), cq, cq_context) };
+    if answer != 0 {
+        return answer;
+    }
+    // SAFETY: on success the library filled both.
+    boundary(|| unsafe { translate_cq_event(cq, cq_context) }, || ());
+    answer
+}
+
+/// # Safety
+/// Both point at the library's answer.
+unsafe fn translate_cq_event(cq: *mut *mut ibv_cq, cq_context: *mut *mut c_void) {
+    // SAFETY: the caller's promise; the CQ is live, its destruction waits for our acknowledgement.
+    unsafe {
+        let real_cq = *cq;
+        let Some(shadow) = registry::find::<ShadowCq>(*cq_context).filter(|s| s.real() == real_cq) else { return };
+        shadow.disarm();
+        shadow.events.completion.fetch_add(1, Ordering::AcqRel);
+        *cq = shadow.visible();
+        *cq_context = (*shadow.visible()).cq_context;
+        let _ = real::verbs::ack_cq_events(real_cq, 1);
+    }
+}
+
+/// Waits for an asynchronous event.
+///
+/// # Safety
+/// As the manual page: a live context and room for the event.
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn ibv_get_async_event(context: *mut ibv_context, out: *mut ibv_async_event) -> c_int {
+    static SYMBOL: Symbol = Symbol::new("ibv_get_async_event\0", "IBVERBS_1.1\0");
+    let prepared = boundary(
+        || Some((SYMBOL.address()?, registry::find::<ShadowContext>(context).map(|c| c.real()))),
+        || None,
+    );
+    let Some((address, shadow)) = prepared else {
+        set_errno(libc::ENOSYS);
+        return -1;
+    };
+    // SAFETY: libibverbs' function of this name has this signature.
+    let real = unsafe { std::mem::transmute::<*mut c_void, GetAsyncEvent>(address) };
+    // SAFETY: the caller's promise; a real context.
+    let answer = unsafe { real(shadow.unwrap_or(context), out) };
+    if answer != 0 {
+        return answer;
+    }
+    // SAFETY: on success the library filled it.
+    boundary(|| unsafe { translate_async_event(out) }, || ());
+    answer
+}
+
+/// # Safety
+/// `out` is an event the library filled in.
+unsafe fn translate_async_event(out: *mut ibv_async_event) {
+    // SAFETY: the caller's promise; the kind says which member of the union holds a live object.
+    unsafe {
+        let mut theirs = *out;
+        match theirs.event_type {
+            event::CQ_ERR => {
+                let cq = theirs.element.cq;
+                let Some(s) = registry::find::<ShadowCq>((*cq).cq_context).filter(|s| s.real() == cq) else { return };
+                s.events.asynchronous.fetch_add(1, Ordering::AcqRel);
+                (*out).element.cq = s.visible();
+            }
+            event::SRQ_ERR | event::SRQ_LIMIT_REACHED => {
+                let srq = theirs.element.srq;
+                let Some(s) = registry::find::<ShadowSrq>((*srq).srq_context).filter(|s| s.real() == srq) else { return };
+                s.events.asynchronous.fetch_add(1, Ordering::AcqRel);
+                (*out).element.srq = s.visible();
+            }
+            event::QP_FATAL
+            | event::QP_REQ_ERR
+            | event::QP_ACCESS_ERR
+            | event::COMM_EST
+            | event::SQ_DRAINED
+            | event::PATH_MIG
+            | event::PATH_MIG_ERR
+            | event::QP_LAST_WQE_REACHED => {
+                let qp = theirs.element.qp;
+                let Some(s) = registry::find::<ShadowQp>((*qp).qp_context).filter(|s| s.owns(qp)) else { return };
+                s.events.asynchronous.fetch_add(1, Ordering::AcqRel);
+                (*out).element.qp = s.visible();
+            }
+            _ => return,
+        }
+        let _ = real::verbs::ack_async_event(&raw mut theirs);
+    }
+}
+
+entry! {
+    "IBVERBS_1.1" fn ibv_ack_cq_events(cq: *mut ibv_cq, nevents: c_uint), fail nothing, |real| {
+        if registry::find::<ShadowCq>(cq).is_some() {
+            // SAFETY: a live shadow's visible part.
+            return unsafe {
+                acknowledge(addr_of_mut!((*cq).mutex), addr_of_mut!((*cq).cond), addr_of_mut!((*cq).comp_events_completed), nevents)
+            };
+        }
+        // A CQ whose end waits for this call is no longer registered; it is still ours.
+        // SAFETY: the caller holds an event of it, so it is live; see ShadowCq::of.
+        match unsafe { ShadowCq::of(cq) } {
+            // SAFETY: as above.
+            Some(_) => unsafe {
+                acknowledge(addr_of_mut!((*cq).mutex), addr_of_mut!((*cq).cond), addr_of_mut!((*cq).comp_events_completed), nevents)
+            },
+            // SAFETY: not ours, the caller's promise.
+            None => unsafe { real(cq, nevents) },
+        }
+    }
+
+    "IBVERBS_1.1" fn ibv_ack_async_event(event: *mut ibv_async_event), fail nothing, |real| {
+        // SAFETY: the caller's event, as we or the library filled it; objects with unacknowledged events are live.
+        unsafe {
+            let element = (*event).element;
+            match (*event).event_type {
+                event::CQ_ERR if ShadowCq::of(element.cq).is_some() => {
+                    let cq: *mut ibv_cq = element.cq;
+                    acknowledge(addr_of_mut!((*cq).mutex), addr_of_mut!((*cq).cond), addr_of_mut!((*cq).async_events_completed), 1);
+                }
+                event::SRQ_ERR | event::SRQ_LIMIT_REACHED if ShadowSrq::of(element.srq).is_some() => {
+                    let srq: *mut ibv_srq = element.srq;
+                    acknowledge(addr_of_mut!((*srq).mutex), addr_of_mut!((*srq).cond), addr_of_mut!((*srq).events_completed), 1);
+                }
+                event::QP_FATAL | event::QP_REQ_ERR | event::QP_ACCESS_ERR | event::COMM_EST | event::SQ_DRAINED
+                | event::PATH_MIG | event::PATH_MIG_ERR | event::QP_LAST_WQE_REACHED
+                    if ShadowQp::of(element.qp).is_some() =>
+                {
+                    let qp: *mut ibv_qp = element.qp;
+                    acknowledge(addr_of_mut!((*qp).mutex), addr_of_mut!((*qp).cond), addr_of_mut!((*qp).events_completed), 1);
+                }
+                _ => real(event),
+            }
+        }
+    }
+}
+

@@ -1,0 +1,342 @@
+//! Shared receive queues. Receives complete in any order, so each travels under the number of its slot in our book and
+//! gets the application's wr_id back when its completion is polled.
+#![expect(unsafe_code, reason = "C objects by pointer")]
+
+use std::cell::UnsafeCell;
+use std::mem::zeroed;
+use std::ptr::{addr_of_mut, null_mut};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use libc::c_int;
+use rdma_virt::id::ObjId;
+use rdma_virt::saved::QueueMap;
+
+use crate::abi::{ibv_pd, ibv_recv_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, srq_mask};
+use crate::entry::{boundary, entry};
+use crate::errno::Errno;
+use crate::events::Deliveries;
+use crate::ledger::{Recv, SlotBook};
+use crate::lock::Spin;
+use crate::pd::ShadowPd;
+use crate::qp::recv::physical;
+use crate::registry;
+use crate::{blockers, gate, provider};
+
+const MAGIC: u64 = 0x6d69_6772_7372_0001;
+
+/// High half of a `wr_id` that names a slot.
+const SLOT: u64 = 0x6d73_6c74 << 32;
+
+type PostOp = unsafe extern "C" fn(*mut ibv_srq, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int;
+
+/// A shared receive queue as the application sees it.
+#[repr(C)]
+pub struct ShadowSrq {
+    visible: UnsafeCell<ibv_srq>,
+    magic: u64,
+    pub id: ObjId,
+    pd: Arc<ShadowPd>,
+    real: AtomicPtr<ibv_srq>,
+    max_wr: AtomicU32,
+    pub max_sge: u32,
+    limit: AtomicU32,
+    side: Spin<Side>,
+    map: Mutex<Option<QueueMap>>,
+    pub(crate) events: Deliveries,
+    dead: AtomicBool,
+}
+
+// SAFETY: the visible part is the application's to lock; ours is atomic or locked.
+unsafe impl Send for ShadowSrq {}
+// SAFETY: as above.
+unsafe impl Sync for ShadowSrq {}
+
+struct Side {
+    post: Option<PostOp>,
+    closed: bool,
+    book: SlotBook,
+}
+
+impl ShadowSrq {
+    /// The shadow behind a pointer that came through our op table, or an event.
+    ///
+    /// # Safety
+    /// `srq` is a live SRQ, ours or the library's.
+    #[inline]
+    pub(crate) unsafe fn of<'a>(srq: *mut ibv_srq) -> Option<&'a Self> {
+        // SAFETY: behind every real SRQ lie the rest of libibverbs' verbs_srq and the provider's own members.
+        unsafe {
+            let shadow = srq.cast::<Self>();
+            ((&raw const (*shadow).magic).read() == MAGIC).then(|| &*shadow)
+        }
+    }
+
+    pub fn pd(&self) -> &Arc<ShadowPd> {
+        &self.pd
+    }
+
+    pub fn visible(&self) -> *mut ibv_srq {
+        self.visible.get()
+    }
+
+    pub fn real(&self) -> *mut ibv_srq {
+        self.real.load(Ordering::Acquire)
+    }
+
+    pub fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    pub fn handle(&self) -> u32 {
+        // SAFETY: the real SRQ of a shadow that is not dead.
+        unsafe { (*self.real()).handle }
+    }
+
+    /// What the kernel hands back in this SRQ's events.
+    pub fn user_handle(&self) -> u64 {
+        self.real() as u64
+    }
+
+    /// Requests asked of the kernel, last.
+    pub fn max_wr(&self) -> u32 {
+        self.max_wr.load(Ordering::Relaxed)
+    }
+
+    /// The limit set and not yet reported, as the application set it.
+    pub fn limit(&self) -> u32 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    pub fn map(&self) -> Option<QueueMap> {
+        *self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Receives posted whose completions were not seen.
+    pub fn unconsumed(&self) -> usize {
+        self.side.lock().book.in_use()
+    }
+
+    /// A completion names this: the application's wr_id, if it is a slot in use.
+    pub(crate) fn complete(&self, wr_id: u64) -> Option<u64> {
+        if wr_id & !0xffff_ffff != SLOT {
+            return None;
+        }
+        self.side.lock().book.remove(wr_id as u32).map(|r| r.wr_id)
+    }
+
+    /// Whether a failed completion's wr_id is one of this SRQ's.
+    pub(crate) fn knows(&self, wr_id: u64) -> bool {
+        wr_id & !0xffff_ffff == SLOT
+    }
+
+    fn give(&self, post: PostOp, slot: u32, recv: &Recv) -> c_int {
+        let mut list = physical(&self.pd.ctx().keys, recv.sges.as_slice());
+        let mut wr = ibv_recv_wr {
+            wr_id: SLOT | u64::from(slot),
+            next: null_mut(),
+            sg_list: list.as_mut_ptr(),
+            num_sge: list.len() as c_int,
+        };
+        let mut failed = null_mut();
+        // SAFETY: built above; the real SRQ of a live shadow.
+        unsafe { post(self.real(), &raw mut wr, &raw mut failed) }
+    }
+
+    /// # Safety
+    /// `wr` is a list of valid receives; `bad` has room for a pointer.
+    unsafe fn post_recv(&self, mut wr: *mut ibv_recv_wr, bad: *mut *mut ibv_recv_wr) -> c_int {
+        let mut side = self.side.lock();
+        let Some(post) = side.post else { return libc::EOPNOTSUPP };
+        while !wr.is_null() {
+            // SAFETY: the caller's list.
+            let answer = unsafe {
+                if (*wr).num_sge < 0 || (*wr).num_sge as u32 > self.max_sge {
+                    libc::EINVAL
+                } else if side.closed && side.book.in_use() >= self.max_wr() as usize {
+                    libc::ENOMEM
+                } else {
+                    let recv = Recv::new(wr);
+                    let closed = side.closed;
+                    let slot = side.book.insert(recv.clone(), !closed);
+                    let answer = if closed { 0 } else { self.give(post, slot, &recv) };
+                    if answer != 0 {
+                        side.book.remove(slot);
+                    }
+                    answer
+                }
+            };
+            if answer != 0 {
+                // SAFETY: the caller's room.
+                unsafe { *bad = wr };
+                return answer;
+            }
+            // SAFETY: the caller's list.
+            wr = unsafe { (*wr).next };
+        }
+        0
+    }
+
+    /// Receives from now on are only remembered.
+    pub fn close(&self) {
+        self.side.lock().closed = true;
+    }
+
+    /// Gives every receive that has not completed to the present real SRQ, which has none yet, and opens again.
+    pub fn repost(&self) -> Result<usize, Errno> {
+        self.side.lock().book.forget_posting();
+        self.reopen()
+    }
+
+    /// Gives the receives that were only remembered to the present real SRQ, and opens again.
+    pub fn reopen(&self) -> Result<usize, Errno> {
+        let mut side = self.side.lock();
+        let post = side.post.ok_or(Errno(libc::EOPNOTSUPP))?;
+        let waiting = side.book.waiting();
+        for (slot, recv) in &waiting {
+            Errno::check(self.give(post, *slot, recv))?;
+            side.book.mark_posted(*slot);
+        }
+        side.closed = false;
+        Ok(waiting.len())
+    }
+
+    /// Points the library's object at another, new kernel object.
+    pub fn patch(&self, handle: u32) {
+        // SAFETY: the real SRQ of a shadow that is not dead; control verbs are gated.
+        unsafe {
+            (*self.real()).handle = handle;
+            (*self.real()).events_completed = 0;
+        }
+    }
+}
+
+/// The real SRQ behind whatever the caller holds.
+pub(crate) fn unwrap(srq: *mut ibv_srq) -> *mut ibv_srq {
+    registry::find::<ShadowSrq>(srq).map_or(srq, |s| s.real())
+}
+
+/// `context->ops.post_srq_recv`.
+pub(crate) unsafe extern "C" fn post_srq_recv(
+    srq: *mut ibv_srq,
+    wr: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
+    boundary(
+        // SAFETY: the caller's promise of a live SRQ, a list and room for a pointer.
+        || unsafe {
+            match ShadowSrq::of(srq) {
+                Some(shadow) => shadow.post_recv(wr, bad),
+                None => (*crate::context::unwrap((*srq).context))
+                    .ops
+                    .post_srq_recv
+                    .map_or(libc::EOPNOTSUPP, |op| op(srq, wr, bad)),
+            }
+        },
+        || libc::EIO,
+    )
+}
+
+pub(crate) type CreateSrq = unsafe extern "C" fn(*mut ibv_pd, *mut ibv_srq_init_attr) -> *mut ibv_srq;
+
+entry! {
+    "IBVERBS_1.1" fn ibv_create_srq(pd: *mut ibv_pd, attr: *mut ibv_srq_init_attr) -> *mut ibv_srq, fail null, |real| {
+        let Some(pd_shadow) = registry::find::<ShadowPd>(pd) else {
+            // SAFETY: not ours, the caller's promise.
+            return unsafe { real(pd, attr) };
+        };
+        let _pass = gate::enter("ibv_create_srq");
+        // SAFETY: the caller's attributes.
+        let wish = unsafe { *attr };
+        provider::rxe::record_maps();
+        // SAFETY: as above; a real PD.
+        let srq = unsafe { real(pd_shadow.real(), attr) };
+        let maps = provider::rxe::take_maps();
+        if srq.is_null() { return null_mut() }
+        // SAFETY: all-zero is a valid value; live real objects.
+        let (visible, post, told) = unsafe { (zeroed(), (*pd_shadow.ctx().real()).ops.post_srq_recv, (*attr).attr) };
+        let shadow = Arc::new(ShadowSrq {
+            visible: UnsafeCell::new(visible),
+            magic: MAGIC,
+            id: registry::next_id(),
+            real: AtomicPtr::new(srq),
+            max_wr: AtomicU32::new(told.max_wr.max(wish.attr.max_wr)),
+            max_sge: told.max_sge.max(wish.attr.max_sge),
+            limit: AtomicU32::new(0),
+            side: Spin::new(Side { post, closed: false, book: SlotBook::default() }),
+            map: Mutex::new(maps.into_iter().next()),
+            events: Deliveries::new(),
+            dead: AtomicBool::new(false),
+            pd: pd_shadow,
+        });
+        let visible = shadow.visible();
+        // SAFETY: not handed out yet; `srq` is live.
+        unsafe {
+            (*visible).context = shadow.pd.ctx().visible();
+            (*visible).srq_context = wish.srq_context;
+            (*visible).pd = shadow.pd.visible();
+            (*visible).handle = (*srq).handle;
+            libc::pthread_mutex_init(addr_of_mut!((*visible).mutex), std::ptr::null());
+            libc::pthread_cond_init(addr_of_mut!((*visible).cond), std::ptr::null());
+            // Events of the real SRQ lead back here.
+            (*srq).srq_context = Arc::as_ptr(&shadow).cast_mut().cast();
+        }
+        registry::add(&shadow) as *mut ibv_srq
+    }
+
+    "IBVERBS_1.1" fn ibv_modify_srq(srq: *mut ibv_srq, attr: *mut ibv_srq_attr, mask: c_int) -> c_int, fail errno, |real| {
+        let Some(shadow) = registry::find::<ShadowSrq>(srq) else {
+            // SAFETY: not ours, the caller's promise.
+            return unsafe { real(srq, attr, mask) };
+        };
+        let _pass = gate::enter("ibv_modify_srq");
+        provider::rxe::record_maps();
+        // SAFETY: the real SRQ of a live shadow, the caller's attributes.
+        let (answer, wish) = unsafe { (real(shadow.real(), attr, mask), *attr) };
+        let maps = provider::rxe::take_maps();
+        if answer == 0 {
+            if mask & srq_mask::MAX_WR != 0 {
+                shadow.max_wr.store(wish.max_wr, Ordering::Relaxed);
+                if let Some(map) = maps.first() {
+                    *shadow.map.lock().unwrap_or_else(PoisonError::into_inner) = Some(*map);
+                }
+            }
+            if mask & srq_mask::LIMIT != 0 {
+                shadow.limit.store(wish.srq_limit, Ordering::Relaxed);
+            }
+        }
+        answer
+    }
+
+    "IBVERBS_1.1" fn ibv_query_srq(srq: *mut ibv_srq, attr: *mut ibv_srq_attr) -> c_int, fail errno, |real| {
+        let _pass = gate::enter("ibv_query_srq");
+        // SAFETY: the caller's promise; a real SRQ.
+        unsafe { real(unwrap(srq), attr) }
+    }
+
+    "IBVERBS_1.1" fn ibv_destroy_srq(srq: *mut ibv_srq) -> c_int, fail errno, |real| {
+        let Some(shadow) = registry::find::<ShadowSrq>(srq) else {
+            blockers::forget(srq as usize);
+            // SAFETY: not ours, the caller's promise.
+            return unsafe { real(srq) };
+        };
+        {
+            let _pass = gate::enter("ibv_destroy_srq");
+            // SAFETY: the real SRQ of a live shadow.
+            let answer = unsafe { real(shadow.real()) };
+            if answer != 0 { return answer }
+            shadow.dead.store(true, Ordering::Release);
+            registry::remove(&*shadow);
+        }
+        let visible = shadow.visible();
+        // SAFETY: the visible part lives as long as the Arc we hold.
+        unsafe {
+            shadow.events.wait_for(
+                addr_of_mut!((*visible).mutex),
+                addr_of_mut!((*visible).cond),
+                &raw const (*visible).events_completed,
+            );
+        }
+        0
+    }
+}
