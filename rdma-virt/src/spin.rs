@@ -21,7 +21,7 @@ pub trait Flag {
 impl Flag for AtomicBool {
     #[inline]
     fn raise(&self) -> bool {
-        self.swap(true, Ordering::Acquire)
+        self.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err()
     }
 
     #[inline]
