@@ -1,10 +1,11 @@
 //! The result of a run, as the last line on standard output.
 
+use crate::clock::Clock;
 use crate::rig::Rig;
 use serde::Serialize;
 use serde_json::json;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Everything there is to report of one end.
@@ -120,6 +121,25 @@ pub fn gather(rig: &Rig, heartbeats: u64) -> Outcome {
 #[must_use]
 pub fn failed(error: &str) -> String {
     json!({"event": "result", "ok": false, "error_count": 1, "errors": [error]}).to_string()
+}
+
+/// Fails the process when `alive` (process time in nanoseconds) falls more than `limit` seconds behind;
+/// returns when it holds the largest number.
+pub fn watch_main(alive: &AtomicU64, clock: &Clock, limit: f64) {
+    loop {
+        std::thread::sleep(Duration::from_millis(500));
+        let seen = alive.load(Ordering::SeqCst);
+        if seen == u64::MAX {
+            return;
+        }
+        let behind = Duration::from_nanos(clock.now_ns().saturating_sub(seen)).as_secs_f64();
+        if behind > limit {
+            let _ = crate::timeline::say(&failed(&format!(
+                "the main thread is stuck in a verbs call or TCP write for {behind:.0} s"
+            )));
+            std::process::exit(1);
+        }
+    }
 }
 
 /// Fails the process when the flag returned is not set within `limit`.

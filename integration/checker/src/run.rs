@@ -16,6 +16,7 @@ use crate::{churn, compare, timeline};
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -88,13 +89,20 @@ pub fn run(side: Side, mut wire: Wire, workload: Option<Workload>, local: &Local
         let (rig, local) = (rig.clone(), local.clone());
         threads.push(std::thread::Builder::new().name("churn".into()).spawn(move || churn::run(&rig, &local))?);
     }
-    let mut conduct = Conduct::new(rig.clone(), wire, watch.clone(), identity);
+    let alive = Arc::new(AtomicU64::new(0));
+    {
+        // The main thread makes verbs calls too; one that never returns must not go unnoticed.
+        let (alive, clock, limit) = (alive.clone(), clock.clone(), watch.stall_timeout + 10.0);
+        std::thread::Builder::new().name("watchdog".into()).spawn(move || report::watch_main(&alive, &clock, limit))?;
+    }
+    let mut conduct = Conduct::new(rig.clone(), wire, watch.clone(), identity, alive.clone());
     if let Err(e) = conduct.conduct() {
         rig.failures.add(format!("{e:#}"));
     }
     let heartbeats = conduct.heard;
     conduct.abort_if_failed();
     drop(conduct);
+    alive.store(u64::MAX, SeqCst);
     finish(rig, threads, stamp, child, heartbeats)
 }
 
@@ -188,10 +196,11 @@ struct Conduct {
     peer_verdict: Option<(bool, Vec<String>)>,
     last_heard: f64,
     phase_since: f64,
+    alive: Arc<AtomicU64>,
 }
 
 impl Conduct {
-    fn new(rig: Arc<Rig>, wire: Wire, watch: Watch, identity: Identity) -> Self {
+    fn new(rig: Arc<Rig>, wire: Wire, watch: Watch, identity: Identity, alive: Arc<AtomicU64>) -> Self {
         Self {
             rig,
             wire,
@@ -212,6 +221,7 @@ impl Conduct {
             peer_verdict: None,
             last_heard: 0.0,
             phase_since: 0.0,
+            alive,
         }
     }
 
@@ -222,6 +232,7 @@ impl Conduct {
                 self.on_message(m)?;
             }
             let now = self.rig.clock.seconds();
+            self.alive.store(self.rig.clock.now_ns(), SeqCst);
             self.rig.refill(now - self.refilled);
             self.refilled = now;
             self.regular(now)?;

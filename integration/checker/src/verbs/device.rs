@@ -124,7 +124,12 @@ impl Context {
             if name.is_none_or(|want| want == this) {
                 // SAFETY: as above.
                 let ptr = unsafe { ib::ibv_open_device(dev) };
-                found = if ptr.is_null() { Err(last("ibv_open_device")) } else { Ok(Self { ptr }) };
+                found = if ptr.is_null() {
+                    Err(last("ibv_open_device"))
+                } else {
+                    let this = Self { ptr };
+                    this.never_block_on_events().map(|()| this)
+                };
                 break;
             }
             names.push(this);
@@ -137,6 +142,12 @@ impl Context {
             }
             _ => e,
         })
+    }
+
+    /// Makes the asynchronous event descriptor non-blocking, so that it can be looked at in passing.
+    fn never_block_on_events(&self) -> io::Result<()> {
+        // SAFETY: the context is open.
+        set_nonblocking(unsafe { (*self.ptr).async_fd })
     }
 
     /// Everything about the device that must look the same for ever.
@@ -228,17 +239,6 @@ impl Context {
             return Err(last("ibv_alloc_pd"));
         }
         Ok(Pd { ptr })
-    }
-
-    /// Descriptor that becomes readable when an asynchronous event is pending; set non-blocking.
-    ///
-    /// # Errors
-    /// When the descriptor refuses the flag.
-    pub fn async_fd(&self) -> io::Result<RawFd> {
-        // SAFETY: the context is open.
-        let fd = unsafe { (*self.ptr).async_fd };
-        set_nonblocking(fd)?;
-        Ok(fd)
     }
 
     /// Takes one pending asynchronous event, if there is one, and acknowledges it.
