@@ -1,0 +1,26 @@
+//! `delete`.
+
+use anyhow::{Context, Result};
+
+use crate::cli::{Delete, Global};
+use crate::destroy;
+use crate::store::{self, ContainerHandle};
+
+pub fn run(args: &Delete, global: &Global) -> Result<i32> {
+    let root = super::root(global);
+    store::validate_id(&args.id)?;
+    let dir = root.join(&args.id);
+    if args.force && !dir.exists() {
+        // Engines delete what may be gone already.
+        return Ok(0);
+    }
+    match ContainerHandle::load(root, &args.id) {
+        Ok(handle) => destroy::delete(handle, args.force)?,
+        Err(_) if args.force && !dir.join("state.json").exists() => {
+            std::fs::remove_dir_all(&dir)
+                .with_context(|| format!("cannot remove {}", dir.display()))?;
+        }
+        Err(err) => return Err(err),
+    }
+    Ok(0)
+}

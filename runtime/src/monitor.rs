@@ -1,0 +1,501 @@
+//! The monitor: a small process, one for each supervised container, that owns
+//! its stdio, reaps it and records how it ended.
+//!
+//! It is started with one end of a stream socket pair as stdin. The starter
+//! writes one JSON line, an [`Order`]; the monitor answers with JSON lines,
+//! [`Event`]s. Two of them are questions ([`Event::SetupNamespaces`],
+//! [`Event::PostRestore`]) and wait for a [`Answer`] line: this is how an
+//! agent in another process holds a restore before its commit. A socket that
+//! closes while a question is open means *no*. After [`Event::Running`] the
+//! monitor needs its starter no more: the agent may come and go.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::foreground;
+use crate::gate::Gate;
+use crate::launch::{self, Console, CreateOptions};
+use crate::record::{LogWriter, Record, Stream};
+use crate::restore::{self, RestoreOptions};
+
+/// A longer line is not one of ours.
+const LINE_CAP: u64 = 1 << 20;
+/// How long output may still arrive after init ended, from processes that
+/// hold the pipes although they should be gone.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// What the monitor shall do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Create and start a container.
+    Run(RunOrder),
+    /// Restore one.
+    Restore(RestoreOrder),
+}
+
+/// See [`Order::Run`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunOrder {
+    pub root: PathBuf,
+    pub id: String,
+    pub bundle: PathBuf,
+    pub systemd_cgroup: bool,
+    pub no_pivot: bool,
+    pub pid_file: Option<PathBuf>,
+}
+
+/// See [`Order::Restore`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RestoreOrder {
+    pub root: PathBuf,
+    pub id: String,
+    pub bundle: PathBuf,
+    pub image_path: PathBuf,
+    pub work_path: Option<PathBuf>,
+    #[serde(default)]
+    pub systemd_cgroup: bool,
+    #[serde(default)]
+    pub tcp_established: bool,
+    #[serde(default)]
+    pub file_locks: bool,
+    #[serde(default)]
+    pub ext_unix_sk: bool,
+    /// CRIU's network lock is left out: the caller's link is down.
+    #[serde(default)]
+    pub skip_network_lock: bool,
+    /// A program other than the installed criu.
+    #[serde(default)]
+    pub criu: Option<PathBuf>,
+    #[serde(default)]
+    pub plugin_dir: Option<PathBuf>,
+    /// Environment of criu, for its plugins.
+    #[serde(default)]
+    pub plugin_env: BTreeMap<String, String>,
+    /// Ask before going on; without it nothing is held.
+    #[serde(default)]
+    pub hold: bool,
+    /// Seconds CRIU may be silent; 600 when absent.
+    #[serde(default)]
+    pub deadline_s: Option<u64>,
+    #[serde(default)]
+    pub pid_file: Option<PathBuf>,
+}
+
+/// What the monitor reports.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// A question: namespaces exist, mounts do not.
+    SetupNamespaces { pid: i32 },
+    /// The last question: all is restored, nothing runs yet.
+    PostRestore { pid: i32 },
+    /// The container runs; the monitor is on its own now.
+    Running { pid: i32 },
+    /// It does not, and nothing of it is left; the monitor is gone.
+    Failed { error: String },
+}
+
+/// The starter's word on a question.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum Answer {
+    Go,
+    Refuse { why: String },
+}
+
+/// The starter's side: a monitor that was started and may still ask.
+#[derive(Debug)]
+pub struct Starter {
+    stream: BufReader<UnixStream>,
+}
+
+impl Starter {
+    /// Starts a monitor in its own session and gives it its order.
+    pub fn start(order: &Order) -> Result<Self> {
+        let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
+        let stdin: OwnedFd = theirs.into();
+        let mut child = Command::new("/proc/self/exe")
+            .arg("monitor")
+            .stdin(Stdio::from(stdin))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .current_dir("/")
+            .spawn()
+            .context("cannot start the monitor")?;
+        // The child forks away at once, so that nobody has to reap the monitor.
+        let status = child.wait().context("waiting for the monitor's start")?;
+        if !status.success() {
+            bail!("the monitor did not start: {status}");
+        }
+        let mut starter = Starter {
+            stream: BufReader::new(ours),
+        };
+        starter.send(order)?;
+        Ok(starter)
+    }
+
+    /// The next event, or an error after `deadline`.
+    pub fn next(&mut self, deadline: Duration) -> Result<Event> {
+        self.stream.get_ref().set_read_timeout(Some(deadline))?;
+        match read_line(&mut self.stream) {
+            Ok(Some(line)) => {
+                serde_json::from_str(&line).with_context(|| format!("the monitor said {line:?}"))
+            }
+            Ok(None) => bail!("the monitor ended without a word"),
+            Err(err) => Err(err).with_context(|| {
+                format!("the monitor said nothing for {} s", deadline.as_secs())
+            }),
+        }
+    }
+
+    /// Answers a question.
+    pub fn answer(&mut self, answer: &Answer) -> Result<()> {
+        self.send(answer)
+    }
+
+    /// Waits until the container runs, for orders that hold nothing.
+    pub fn running(mut self, deadline: Duration) -> Result<i32> {
+        match self.next(deadline)? {
+            Event::Running { pid } => Ok(pid),
+            Event::Failed { error } => bail!("{error}"),
+            question => bail!("unexpected question of the monitor: {question:?}"),
+        }
+    }
+
+    fn send<T: Serialize>(&mut self, message: &T) -> Result<()> {
+        send(self.stream.get_mut(), message)
+    }
+}
+
+fn send<T: Serialize>(stream: &mut UnixStream, message: &T) -> Result<()> {
+    let mut line = serde_json::to_string(message)?;
+    line.push('\n');
+    stream
+        .write_all(line.as_bytes())
+        .context("cannot write to the monitor's socket")
+}
+
+fn read_line(stream: &mut BufReader<UnixStream>) -> Result<Option<String>> {
+    use std::io::Read;
+    let mut line = Vec::new();
+    stream.by_ref().take(LINE_CAP).read_until(b'\n', &mut line)?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    if line.last() != Some(&b'\n') {
+        bail!("a message was cut short or is longer than {LINE_CAP} bytes");
+    }
+    Ok(Some(String::from_utf8(line)?))
+}
+
+/// The hidden verb: forks away, takes its order from stdin and stays until
+/// the container has ended.
+pub fn main() -> Result<()> {
+    let stdin = std::io::stdin().as_fd().try_clone_to_owned()?;
+    detach()?;
+    let mut stream = BufReader::new(UnixStream::from(stdin));
+    let line = read_line(&mut stream)?.context("no order on stdin")?;
+    let order: Order = serde_json::from_str(&line).context("malformed order on stdin")?;
+    match supervise(&order, &mut stream) {
+        Ok(()) => Ok(()),
+        Err(err) => {
+            let error = format!("{err:#}");
+            let _ = send(stream.get_mut(), &Event::Failed { error });
+            Err(err)
+        }
+    }
+}
+
+/// Leaves the starter: a process of its own, leader of its own session, heir
+/// of the container's processes, with nothing but /dev/null for stdio.
+#[expect(unsafe_code, reason = "fork has no safe interface")]
+fn detach() -> Result<()> {
+    // SAFETY: this process has a single thread; the child goes on as it.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { .. } => std::process::exit(0),
+        nix::unistd::ForkResult::Child => {}
+    }
+    nix::unistd::setsid()?;
+    nix::sys::prctl::set_child_subreaper(true)?;
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+    nix::unistd::dup2_stdin(&null)?;
+    nix::unistd::dup2_stdout(&null)?;
+    nix::unistd::dup2_stderr(&null)?;
+    Ok(())
+}
+
+/// The container's three descriptors and our ends of two of them.
+struct Pipes {
+    container: [Option<OwnedFd>; 3],
+    ours: [OwnedFd; 2],
+}
+
+fn pipes() -> Result<Pipes> {
+    // stdin is a pipe whose far end is closed: empty, as /dev/null is, but of
+    // the kind that is found again after a restore.
+    let (stdin, _) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    let (out, out_container) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    let (err, err_container) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    Ok(Pipes {
+        container: [Some(stdin), Some(out_container), Some(err_container)],
+        ours: [out, err],
+    })
+}
+
+fn supervise(order: &Order, stream: &mut BufReader<UnixStream>) -> Result<()> {
+    let id = match order {
+        Order::Run(order) => &order.id,
+        Order::Restore(order) => &order.id,
+    };
+    let record = Record::of(id)?;
+    let Pipes { container, ours } = pipes()?;
+    let pid = match order {
+        Order::Run(order) => run(order, container, &record)?,
+        Order::Restore(order) => restore_held(order, container, &record, stream)?,
+    };
+    let running = send(stream.get_mut(), &Event::Running { pid });
+    // The starter may be gone; the container is not.
+    drop(running);
+    stream.get_ref().shutdown(std::net::Shutdown::Both).ok();
+    watch(pid, ours, &record)
+}
+
+fn run(order: &RunOrder, stdio: [Option<OwnedFd>; 3], record: &Record) -> Result<i32> {
+    let options = CreateOptions {
+        console: Console::None,
+        detached: true,
+        no_pivot: order.no_pivot,
+        preserve_fds: 0,
+        systemd_cgroup: order.systemd_cgroup,
+        stdio,
+    };
+    let mut handle = launch::create(&order.root, &order.id, &order.bundle, options)?;
+    let mut start = || -> Result<i32> {
+        record.begin()?;
+        let pid = handle.init_pid().context("the container's process ended at once")?;
+        launch::start(&mut handle)?;
+        if let Some(path) = &order.pid_file {
+            launch::write_pid_file(path, pid)?;
+        }
+        Ok(pid)
+    };
+    start().inspect_err(|_| {
+        if let Ok(handle) = crate::store::ContainerHandle::load(&order.root, &order.id) {
+            let _ = crate::destroy::delete(handle, true);
+        }
+    })
+}
+
+fn restore_held(
+    order: &RestoreOrder,
+    stdio: [Option<OwnedFd>; 3],
+    record: &Record,
+    stream: &mut BufReader<UnixStream>,
+) -> Result<i32> {
+    let mut options =
+        RestoreOptions::new(&order.root, &order.id, &order.bundle, &order.image_path);
+    let common = &mut options.common;
+    common.work_path = order.work_path.clone();
+    common.tcp_established = order.tcp_established;
+    common.file_locks = order.file_locks;
+    common.ext_unix_sk = order.ext_unix_sk;
+    common.plugin_dir = order.plugin_dir.clone();
+    common.plugin_env = order.plugin_env.clone().into_iter().collect();
+    if order.skip_network_lock {
+        common.network_lock = Some(checkpoint::criu::rpc::Criu_network_lock_method::SKIP);
+    }
+    if let Some(criu) = &order.criu {
+        common.criu = criu.clone();
+    }
+    if let Some(seconds) = order.deadline_s {
+        common.deadline = Duration::from_secs(seconds);
+    }
+    options.systemd_cgroup = order.systemd_cgroup;
+    options.pid_file = order.pid_file.clone();
+    options.stdio = stdio;
+    let mut gate = SocketGate {
+        stream,
+        hold: order.hold,
+        record,
+    };
+    Ok(restore::restore(options, &mut gate)?.pid)
+}
+
+/// Puts CRIU's gates to the starter.
+struct SocketGate<'a> {
+    stream: &'a mut BufReader<UnixStream>,
+    hold: bool,
+    record: &'a Record,
+}
+
+impl SocketGate<'_> {
+    fn ask(&mut self, question: &Event) -> Result<()> {
+        if !self.hold {
+            return Ok(());
+        }
+        send(self.stream.get_mut(), question)?;
+        // The starter has the deadline: whoever holds a commit decides when
+        // it is over, and its death closes the socket.
+        let line = read_line(self.stream)?
+            .ok_or_else(|| anyhow!("the starter went away before its word on {question:?}"))?;
+        match serde_json::from_str(&line).context("malformed answer")? {
+            Answer::Go => Ok(()),
+            Answer::Refuse { why } => bail!("{why}"),
+        }
+    }
+}
+
+impl Gate for SocketGate<'_> {
+    fn post_dump(&mut self) -> Result<()> {
+        bail!("a monitor never dumps")
+    }
+
+    fn setup_namespaces(&mut self, pid: i32) -> Result<()> {
+        self.ask(&Event::SetupNamespaces { pid })
+    }
+
+    fn post_restore(&mut self, pid: i32) -> Result<()> {
+        // Whatever can fail comes before the last gate.
+        self.record.begin()?;
+        self.ask(&Event::PostRestore { pid })
+    }
+}
+
+/// Until the container's init ends: output to the log, zombies to their rest.
+fn watch(pid: i32, outputs: [OwnedFd; 2], record: &Record) -> Result<()> {
+    let signals = foreground::block_signals()?;
+    let mut log = LogWriter::open(record)?;
+    let mut open = [true, true];
+    let mut ended: Option<(i32, Instant)> = reap(pid)?.map(|status| (status, Instant::now()));
+    loop {
+        let done = match ended {
+            Some((_, since)) => open == [false, false] || since.elapsed() >= DRAIN,
+            None => false,
+        };
+        if let (true, Some((status, _))) = (done, ended) {
+            let _ = log.finish();
+            return record.finish(status);
+        }
+        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let mut streams = Vec::new();
+        for (n, stream) in [Stream::Stdout, Stream::Stderr].into_iter().enumerate() {
+            if open[n] {
+                fds.push(PollFd::new(outputs[n].as_fd(), PollFlags::POLLIN));
+                streams.push(stream);
+            }
+        }
+        let timeout = match ended {
+            Some(_) => PollTimeout::from(50u8),
+            None => PollTimeout::NONE,
+        };
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(err) => return Err(err).context("waiting for the container"),
+        }
+        let ready: Vec<bool> = fds
+            .iter()
+            .map(|fd| fd.revents().is_some_and(|r| !r.is_empty()))
+            .collect();
+        drop(fds);
+        for (stream, ready) in streams.iter().zip(&ready[1..]) {
+            if *ready {
+                let n = *stream as usize;
+                let mut buf = [0u8; 65536];
+                match nix::unistd::read(&outputs[n], &mut buf) {
+                    Ok(0) | Err(_) => open[n] = false,
+                    // A full disk must not stop the container.
+                    Ok(len) => drop(log.add(*stream, &buf[..len])),
+                }
+            }
+        }
+        while let Some(info) = signals.read_signal()? {
+            let signal = info.ssi_signo as i32;
+            match Signal::try_from(signal) {
+                Ok(Signal::SIGCHLD | Signal::SIGPIPE | Signal::SIGHUP) => {}
+                Ok(Signal::SIGTERM | Signal::SIGINT | Signal::SIGQUIT) => {
+                    let _ = crate::cgroup::send_signal(pid, signal);
+                }
+                _ => {}
+            }
+        }
+        if ended.is_none() {
+            ended = reap(pid)?.map(|status| (status, Instant::now()));
+        }
+    }
+}
+
+fn reap(pid: i32) -> Result<Option<i32>> {
+    let mut found = None;
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(who, code)) if who == Pid::from_raw(pid) => found = Some(code),
+            Ok(WaitStatus::Signaled(who, signal, _)) if who == Pid::from_raw(pid) => {
+                found = Some(128 + signal as i32);
+            }
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(found),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(err) => return Err(err).context("waiting for the container's process"),
+        }
+    }
+}
+
+/// The installed path of this program, for those who start monitors.
+pub fn program() -> &'static Path {
+    Path::new("/proc/self/exe")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_closed_socket_answers_no() {
+        let dir = tempfile::tempdir().unwrap();
+        let _ = dir;
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let record = Record::of("unused").unwrap();
+        let mut stream = BufReader::new(theirs);
+        let mut gate = SocketGate {
+            stream: &mut stream,
+            hold: true,
+            record: &record,
+        };
+        drop(ours);
+        assert!(gate.setup_namespaces(7).is_err());
+    }
+
+    #[test]
+    fn a_refusal_carries_its_reason_and_a_go_is_a_go() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let record = Record::of("unused").unwrap();
+        let mut stream = BufReader::new(theirs);
+        let mut gate = SocketGate {
+            stream: &mut stream,
+            hold: true,
+            record: &record,
+        };
+        send(&mut ours, &Answer::Go).unwrap();
+        send(&mut ours, &Answer::Refuse { why: "peer lost".into() }).unwrap();
+        gate.setup_namespaces(7).unwrap();
+        let err = gate.setup_namespaces(7).unwrap_err();
+        assert_eq!(err.to_string(), "peer lost");
+        let mut reader = BufReader::new(ours);
+        let line = read_line(&mut reader).unwrap().unwrap();
+        assert_eq!(line, "{\"event\":\"setup-namespaces\",\"pid\":7}\n");
+    }
+}

@@ -1,0 +1,356 @@
+//! Bringing a dumped container back to life.
+//!
+//! CRIU is born in the container's cgroup, joins nothing by itself and gets
+//! everything from outside by name: mounts, namespaces, stdio. The state file
+//! is written before the pid file, the pid file last.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use checkpoint::criu::rpc::{Cgroup_root, Criu_opts, Inherit_fd, Join_namespace};
+use checkpoint::criu::{CriuError, Notify, Verdict, soften_errno_texts};
+use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::hooks;
+use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Spec};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::cgroup::Cgroup;
+use crate::criu_plan::{self, Common, Directories, MASK};
+use crate::dump::ImageFacts;
+use crate::gate::Gate;
+use crate::launch::{self, Prepared};
+use crate::store::{self, ContainerHandle};
+use crate::{console, destroy, mountpoints, procfs, stdio};
+
+/// Log of restores, a name engines know.
+pub const LOG: &str = "restore.log";
+
+/// How to restore.
+#[derive(Debug)]
+pub struct RestoreOptions {
+    pub common: Common,
+    /// Directory of containers' state.
+    pub root: PathBuf,
+    pub id: String,
+    pub bundle: PathBuf,
+    pub systemd_cgroup: bool,
+    /// Written last.
+    pub pid_file: Option<PathBuf>,
+    /// Gets the terminal's master side, if the container has one.
+    pub console_socket: Option<PathBuf>,
+    pub tcp_close: bool,
+    /// `TYPE:NAME`.
+    pub lsm_profile: Option<String>,
+    pub lsm_mount_context: Option<String>,
+    /// stdin, stdout, stderr; inherited from this process where `None`.
+    pub stdio: [Option<OwnedFd>; 3],
+}
+
+impl RestoreOptions {
+    /// Restores `id` from `image_path` with this process' stdio.
+    pub fn new(root: &Path, id: &str, bundle: &Path, image_path: &Path) -> Self {
+        RestoreOptions {
+            common: Common::new(image_path),
+            root: root.to_owned(),
+            id: id.to_owned(),
+            bundle: bundle.to_owned(),
+            systemd_cgroup: false,
+            pid_file: None,
+            console_socket: None,
+            tcp_close: false,
+            lsm_profile: None,
+            lsm_mount_context: None,
+            stdio: [None, None, None],
+        }
+    }
+}
+
+/// A restored, running container. Its init is a child of this process.
+#[derive(Debug)]
+pub struct Restored {
+    pub pid: i32,
+    pub handle: ContainerHandle,
+    /// The terminal's master side when no console socket took it.
+    pub console: Option<OwnedFd>,
+}
+
+/// Restores a container. On `Err` nothing of it is left on this host.
+pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored> {
+    store::validate_id(&options.id)?;
+    if options.root.join(&options.id).exists() {
+        bail!("container with given ID already exists: {}", options.id);
+    }
+    if !options.common.image_path.join("inventory.img").exists() {
+        bail!(
+            "{} holds no checkpoint: inventory.img is missing",
+            options.common.image_path.display()
+        );
+    }
+    let facts = ImageFacts::read(&options.common.image_path)?;
+    let shim = facts.as_ref().and_then(|facts| facts.shim.as_deref());
+    let prepared = launch::prepare(&options.bundle, &options.id, options.systemd_cgroup, shim)?;
+    if shim.is_some() && prepared.shim.is_none() {
+        bail!("the image's processes use the RDMA shim, but the bundle's config.json has no RDMA device; add it, or annotation org.migrrdma.inject=true");
+    }
+    let dir = launch::make_state_dir(&options.root, &options.id)?;
+    let id = options.id.clone();
+    let cgroup = Cgroup::for_spec(&prepared.spec, &id, options.systemd_cgroup);
+    let injected = prepared.shim.is_some();
+    let result = (|| {
+        let cgroup = cgroup.as_ref().map_err(|err| anyhow::anyhow!("{err:#}"))?;
+        let root = MountedRoot::new(&dir, &prepared.rootfs)?;
+        restore_in(&dir, &prepared, options, cgroup, &root.0, gate)
+    })();
+    result.inspect_err(|_| destroy::leftovers(&dir, &id, cgroup.as_ref().ok(), injected))
+}
+
+fn restore_in(
+    dir: &Path,
+    prepared: &Prepared,
+    mut options: RestoreOptions,
+    cgroup: &Cgroup,
+    criu_root: &Path,
+    gate: &mut dyn Gate,
+) -> Result<Restored> {
+    let spec = &prepared.spec;
+    let common = &options.common;
+    let mut handle = launch::new_handle(dir, &options.id, prepared, options.systemd_cgroup)?;
+    mountpoints::make(spec, &prepared.rootfs)?;
+    let dirs = Directories::open(common, false)?;
+    let mut opts = common.options(&dirs, spec, LOG)?;
+    let mut criu = common.driver(prepared.shim.is_some(), LOG);
+
+    opts.set_root(criu_root.display().to_string());
+    opts.set_rst_sibling(true);
+    opts.set_evasive_devices(true);
+    opts.set_tcp_close(options.tcp_close);
+    if let Some(profile) = &options.lsm_profile {
+        opts.set_lsm_profile(profile.clone());
+    }
+    if let Some(context) = &options.lsm_mount_context {
+        opts.set_lsm_mount_context(context.clone());
+    }
+    external_mounts(&mut opts, prepared)?;
+    for (key, file) in external_namespaces(&mut opts, spec)? {
+        let fd = criu.pass_fd(file.into());
+        opts.inherit_fd.push(inherit(key, fd));
+    }
+    let stdio_fds = std::mem::take(&mut options.stdio);
+    for (n, fd) in stdio_fds.into_iter().enumerate() {
+        criu.stdio(n, own_or(fd, n)?);
+    }
+    for (key, n) in stdio::inheritable(&common.image_path)? {
+        opts.inherit_fd.push(inherit(&key, n as i32));
+    }
+    criu.place(Box::new(|pid, opts| {
+        place(cgroup, spec, pid, opts).map_err(|err| format!("{err:#}"))
+    }));
+
+    let mut refusal = None;
+    let mut terminal = None;
+    let restored = {
+        let mut notify = |told: Notify| -> Verdict {
+            let answer = match (told.script.as_str(), told.pid, told.fd) {
+                ("setup-namespaces", Some(pid), _) => {
+                    run_hooks(spec, &handle.container, pid).and_then(|()| gate.setup_namespaces(pid))
+                }
+                ("post-restore", Some(pid), _) => {
+                    born(&mut handle, pid).and_then(|()| gate.post_restore(pid))
+                }
+                ("orphan-pts-master", _, Some(fd)) => match &options.console_socket {
+                    Some(socket) => console::send(socket, &fd),
+                    None => {
+                        terminal = Some(fd);
+                        Ok(())
+                    }
+                },
+                _ => Ok(()),
+            };
+            match answer {
+                Ok(()) => Verdict::Go,
+                Err(err) => {
+                    let why = format!("{err:#}");
+                    refusal.get_or_insert(err);
+                    Verdict::Refuse(why)
+                }
+            }
+        };
+        criu.restore(opts, &mut notify)
+    };
+    let pid = match (restored, refusal) {
+        (Ok(pid), None) => pid,
+        (Ok(_), Some(err)) | (Err(CriuError::Refused { .. }), Some(err)) => return Err(err),
+        (Err(CriuError::Failed { errno, cause, .. }), _) => bail!(
+            "CRIU restore failed: {} (CRIU restoring failed: {}; log: {})",
+            soften_errno_texts(&cause),
+            -errno.abs(),
+            common.work_dir().join(LOG).display()
+        ),
+        (Err(err), _) => return Err(err.into()),
+    };
+    handle.sidecar.descriptors = stdio::links(pid);
+    handle.container.set_status(ContainerStatus::Created);
+    handle.set_status(ContainerStatus::Running)?;
+    if let Some(path) = &options.pid_file {
+        launch::write_pid_file(path, pid)?;
+    }
+    Ok(Restored {
+        pid,
+        handle,
+        console: terminal,
+    })
+}
+
+/// Records the restored init before it runs.
+fn born(handle: &mut ContainerHandle, pid: i32) -> Result<()> {
+    launch::adopt_process(handle, pid)?;
+    handle.container.set_status(ContainerStatus::Created);
+    handle.set_status(ContainerStatus::Running)
+}
+
+/// A descriptor of our own for CRIU when the caller gave none.
+fn own_or(fd: Option<OwnedFd>, n: usize) -> Result<OwnedFd> {
+    if let Some(fd) = fd {
+        return Ok(fd);
+    }
+    let own = match n {
+        0 => std::io::stdin().as_fd().try_clone_to_owned(),
+        1 => std::io::stdout().as_fd().try_clone_to_owned(),
+        _ => std::io::stderr().as_fd().try_clone_to_owned(),
+    };
+    own.or_else(|_| File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from))
+        .context("cannot duplicate stdio")
+}
+
+fn inherit(key: &str, fd: i32) -> Inherit_fd {
+    let mut entry = Inherit_fd::new();
+    entry.set_key(key.into());
+    entry.set_fd(fd);
+    entry
+}
+
+/// Puts criu where the restored tasks belong, limits included, and tells it so.
+fn place(cgroup: &Cgroup, spec: &Spec, pid: i32, opts: &mut Criu_opts) -> Result<()> {
+    cgroup.add(pid)?;
+    let linux = spec.linux().as_ref();
+    if let Some(resources) = linux.and_then(|linux| linux.resources().as_ref()) {
+        cgroup.apply(resources)?;
+    }
+    for (controllers, path) in procfs::cgroups(pid) {
+        let mut root = Cgroup_root::new();
+        root.set_ctrl(controllers);
+        root.set_path(path);
+        opts.cg_root.push(root);
+    }
+    Ok(())
+}
+
+fn external_mounts(opts: &mut Criu_opts, prepared: &Prepared) -> Result<()> {
+    for mount in criu_plan::external_mounts(&prepared.spec, &prepared.rootfs)? {
+        if !mount.source.exists() {
+            bail!(
+                "the bind mount at {} needs {} on this host, which is missing",
+                mount.destination,
+                mount.source.display()
+            );
+        }
+        opts.ext_mnt.push(criu_plan::mount_entry(
+            &mount.destination,
+            &mount.source.display().to_string(),
+        ));
+    }
+    // runc names masked files by what covers them, crun by their own path.
+    opts.ext_mnt.push(criu_plan::mount_entry(MASK, MASK));
+    let linux = prepared.spec.linux().as_ref();
+    for path in linux.and_then(|l| l.masked_paths().as_ref()).into_iter().flatten() {
+        opts.ext_mnt.push(criu_plan::mount_entry(path, MASK));
+    }
+    Ok(())
+}
+
+/// Namespaces to inherit; those to join go straight into the options.
+fn external_namespaces(
+    opts: &mut Criu_opts,
+    spec: &Spec,
+) -> Result<Vec<(&'static str, File)>> {
+    let mut inherited = Vec::new();
+    for (kind, _, key) in criu_plan::EXTERNAL_NAMESPACES {
+        if let Some(path) = criu_plan::namespace_path(spec, kind) {
+            let file = File::open(&path)
+                .with_context(|| format!("cannot open the namespace {}", path.display()))?;
+            inherited.push((key, file));
+        }
+    }
+    for (kind, name) in [
+        (LinuxNamespaceType::Ipc, "ipc"),
+        (LinuxNamespaceType::Uts, "uts"),
+        (LinuxNamespaceType::Time, "time"),
+        (LinuxNamespaceType::Mount, "mnt"),
+        (LinuxNamespaceType::User, "user"),
+    ] {
+        if let Some(path) = criu_plan::namespace_path(spec, kind) {
+            let mut join = Join_namespace::new();
+            join.set_ns(name.into());
+            join.set_ns_file(path.display().to_string());
+            opts.join_ns.push(join);
+        }
+    }
+    if criu_plan::namespace_path(spec, LinuxNamespaceType::Cgroup).is_some() {
+        bail!("CRIU cannot restore into an existing cgroup namespace");
+    }
+    Ok(inherited)
+}
+
+fn run_hooks(spec: &Spec, container: &Container, pid: i32) -> Result<()> {
+    let Some(all) = spec.hooks() else {
+        return Ok(());
+    };
+    let mut state = container.state.clone();
+    state.pid = Some(pid);
+    for (name, list) in [
+        ("prestart", all.prestart()),
+        ("createRuntime", all.create_runtime()),
+    ] {
+        hooks::run_hooks(list.as_ref(), Some(&state), None, None, None)
+            .with_context(|| format!("a {name} hook failed"))?;
+    }
+    Ok(())
+}
+
+/// The root file system bound where nothing lies over its parent, as CRIU
+/// needs it; gone when dropped.
+struct MountedRoot(PathBuf);
+
+impl MountedRoot {
+    fn new(dir: &Path, rootfs: &Path) -> Result<Self> {
+        let path = dir.join("criu-root");
+        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        mount(
+            Some(rootfs),
+            &path,
+            None::<&str>,
+            MsFlags::MS_BIND | MsFlags::MS_REC,
+            None::<&str>,
+        )
+        .with_context(|| format!("cannot bind {} for CRIU", rootfs.display()))?;
+        Ok(MountedRoot(path))
+    }
+}
+
+impl Drop for MountedRoot {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// Preparing a restore from an image that is not complete yet. One seam, so
+/// that the command line's answer and the migration's are the same.
+pub fn restore_partial(options: &RestoreOptions) -> Result<()> {
+    bail!(
+        "restore --partial is not available yet (container {}); restore without --partial",
+        options.id
+    )
+}
