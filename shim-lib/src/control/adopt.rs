@@ -51,7 +51,8 @@ pub fn adopt(migration: &mut Migration, state: &AdoptedProcess) -> Result<KeyTab
     for (ctx, _) in &pairs {
         arm(ctx)?;
     }
-    let keys = KeyTable(contexts.iter().flat_map(|c| c.mrs()).filter(|m| !m.is_dead()).filter_map(|m| key(&m)).collect());
+    let keys =
+        KeyTable(contexts.iter().flat_map(|c| c.mrs()).filter(|m| !m.is_dead()).filter_map(|m| key(&m)).collect());
     migration.adopted = Some(keys.clone());
     Ok(keys)
 }
@@ -123,7 +124,8 @@ fn arm(ctx: &ShadowContext) -> Result<(), Refused> {
         }
         cq.rearm().map_err(|e| Refused::new(format!("CQ {} cannot be armed again: {e}", cq.id.0)))?;
         if cq.fake_len() > 0 {
-            cq.raise_event().map_err(|e| Refused::new(format!("CQ {} cannot raise the event it owes: {e}", cq.id.0)))?;
+            cq.raise_event()
+                .map_err(|e| Refused::new(format!("CQ {} cannot raise the event it owes: {e}", cq.id.0)))?;
         }
     }
     Ok(())

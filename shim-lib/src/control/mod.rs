@@ -30,7 +30,7 @@ mod suspend;
 mod wire;
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::{PQpn, VGid, VQpn};
@@ -61,6 +61,11 @@ pub fn start() {
     if STARTED.swap(me, Ordering::AcqRel) == me {
         return;
     }
+    static AT_FORK: Once = Once::new();
+    // SAFETY: a function of this library, which is never unloaded.
+    AT_FORK.call_once(|| unsafe {
+        libc::pthread_atfork(None, None, Some(in_child));
+    });
     // The thread inherits the mask of its maker: no signal of the application may ever be delivered to it.
     // SAFETY: two masks of ours; the caller's own is put back.
     unsafe {
@@ -78,7 +83,7 @@ pub fn start() {
 
 /// In the child, after fork: the thread is not there, and the socket is the parent's. Async-signal-safe but for the
 /// lock, which is only tried.
-pub fn in_child() {
+extern "C" fn in_child() {
     STARTED.store(0, Ordering::Release);
     if let Ok(mut socket) = SOCKET.try_lock()
         && let Some((fd, id)) = socket.take()

@@ -6,9 +6,7 @@ use std::sync::PoisonError;
 
 use libc::{c_int, c_void};
 use rdma_virt::id::{Handle, PLkey, PRkey, VLkey, VRkey, Vpid};
-use rdma_virt::saved::{
-    Build, ChannelState, ContextState, CqState, MrState, PdState, ProcessState, QpState, SrqState,
-};
+use rdma_virt::saved::{Build, ChannelState, ContextState, CqState, MrState, PdState, ProcessState, QpState, SrqState};
 
 use super::session::{Refused, look};
 use crate::blockers;
@@ -28,7 +26,8 @@ pub fn comm() -> String {
 /// The whole process.
 pub fn process() -> Result<ProcessState, Refused> {
     let _pass = look("the report to the agent");
-    let contexts = registry::contexts().iter().filter(|c| !c.is_dead()).map(|c| context(c)).collect::<Result<_, _>>()?;
+    let contexts =
+        registry::contexts().iter().filter(|c| !c.is_dead()).map(|c| context(c)).collect::<Result<_, _>>()?;
     Ok(ProcessState {
         vpid: Vpid(std::process::id() as i32),
         comm: comm(),

@@ -134,11 +134,7 @@ impl Session {
             && current.id != id
         {
             // Another one's abort has nothing to undo here.
-            return Ok(if matches!(request, Request::Abort) {
-                Reply::Done
-            } else {
-                Reply::Busy { by: current.id }
-            });
+            return Ok(if matches!(request, Request::Abort) { Reply::Done } else { Reply::Busy { by: current.id } });
         }
         match request {
             Request::Report => Err(Refused::new("answered above")),
