@@ -6,6 +6,7 @@ use super::rights;
 use super::serve::Service;
 use crate::uverbs;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -28,6 +29,7 @@ pub fn main() -> i32 {
 }
 
 pub(super) fn run(parent: &UnixStream) -> io::Result<()> {
+    allow_many_files();
     parent.set_read_timeout(Some(PATIENCE))?;
     parent.set_write_timeout(Some(PATIENCE))?;
     let start = match proto::receive(parent)? {
@@ -70,6 +72,14 @@ pub(super) fn run(parent: &UnixStream) -> io::Result<()> {
                 return Ok(());
             }
         }
+    }
+}
+
+/// Every context and every completion channel of the container is a descriptor here, so the limit that suits one of its
+/// processes may not suit us. Failing to raise it shows when a channel cannot be made.
+fn allow_many_files() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
 

@@ -19,13 +19,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 /// An object could not be made equal to the state.
 #[derive(Debug, thiserror::Error)]
 pub enum ObjectError {
-    #[error("{what} of process {vpid} ({comm}): {source}")]
+    #[error("{what} of process {} ({comm}): {source}", vpid.0)]
     Verb { what: String, vpid: Vpid, comm: String, source: UverbsError },
-    #[error("{what} of process {vpid} ({comm}): {why}")]
+    #[error("{what} of process {} ({comm}): {why}", vpid.0)]
     Wrong { what: String, vpid: Vpid, comm: String, why: String },
-    #[error("no RDMA device here for {device} (driver {driver}) of process {vpid}; this host has: {have}")]
+    #[error("no RDMA device here for {device} (driver {driver}) of process {}; this host has: {have}", vpid.0)]
     NoDevice { device: String, driver: String, vpid: Vpid, have: String },
-    #[error("process {vpid} has no object {qp} in context {ctx} to connect")]
+    #[error("process {} has no QP with id {} in context {} to connect", vpid.0, qp.0, ctx.0)]
     NoQp { vpid: Vpid, ctx: ObjId, qp: ObjId },
 }
 
@@ -85,6 +85,15 @@ pub struct Grant<'a> {
     pub offset: u64,
 }
 
+/// What restored processes have to take over.
+#[derive(Debug, Default)]
+pub struct Expected {
+    /// (vpid, descriptor, name)
+    pub files: Vec<(i32, i32, String)>,
+    /// (vpid, address, name)
+    pub maps: Vec<(i32, u64, String)>,
+}
+
 impl Objects {
     pub fn new(choice: Vec<(String, String)>) -> Self {
         Self { processes: BTreeMap::new(), choice: choice.into_iter().collect() }
@@ -138,40 +147,34 @@ impl Objects {
         self.processes.get(&Vpid(vpid))?.values().find_map(|home| home.file(fd))
     }
 
-    /// The queue that process `vpid` had mapped at `addr`, with the old offset for checking.
-    pub fn queue(&self, vpid: i32, addr: u64, old_offset: u64) -> Result<Grant<'_>, String> {
+    /// The queue that process `vpid` had mapped at `addr`. The address alone says which: the old offset that CRIU knows
+    /// is that of the last host, the one in the state that of the host where the object was first made.
+    pub fn queue(&self, vpid: i32, addr: u64) -> Result<Grant<'_>, String> {
         let homes =
             self.processes.get(&Vpid(vpid)).ok_or_else(|| format!("process {vpid} has no RDMA objects here"))?;
         for home in homes.values() {
-            for (what, old, new) in home.queues() {
-                if old.addr != addr {
-                    continue;
-                }
-                if old.offset != old_offset {
-                    let told = old.offset;
-                    return Err(format!("{what} was mapped at offset {told:#x} but CRIU's image says {old_offset:#x}"));
-                }
+            if let Some((_, _, new)) = home.queues().find(|(_, old, _)| old.addr == addr) {
                 return Ok(Grant { fd: home.context.cmd_fd(), offset: new.offset });
             }
         }
         Err(format!("process {vpid} maps an RDMA device at {addr:#x}, which is no queue its shim reported"))
     }
 
-    /// Descriptors and mappings that restored processes have to take over: (vpid, fd, name) and (vpid, address, name).
-    pub fn expected(&self) -> (Vec<(i32, i32, String)>, Vec<(i32, u64, String)>) {
-        let (mut files, mut maps) = (Vec::new(), Vec::new());
+    /// What restored processes have to take over.
+    pub fn expected(&self) -> Expected {
+        let Expected { mut files, mut maps } = Expected::default();
         for (vpid, homes) in &self.processes {
             for home in homes.values() {
                 let device = home.context.device();
                 files.push((vpid.0, home.cmd_fd, format!("command file of {device}")));
                 files.push((vpid.0, home.async_fd, format!("event file of {device}")));
                 for (id, (fd, _)) in &home.channels {
-                    files.push((vpid.0, *fd, format!("completion channel {id}")));
+                    files.push((vpid.0, *fd, format!("completion channel {}", id.0)));
                 }
                 maps.extend(home.queues().map(|(what, old, _)| (vpid.0, old.addr, what)));
             }
         }
-        (files, maps)
+        Expected { files, maps }
     }
 }
 
@@ -256,20 +259,20 @@ impl Home {
         let cqs: Vec<ObjId> = self.cqs.keys().filter(|id| !cq_stays(id)).copied().collect();
         let pds: Vec<ObjId> = self.pds.keys().filter(|id| !state.pds.iter().any(|pd| pd.id == **id)).copied().collect();
         for id in qps {
-            self.context.destroy_qp(self.qps[&id].handle()).map_err(owner.verb(format!("QP {id}")))?;
+            self.context.destroy_qp(self.qps[&id].handle()).map_err(owner.verb(format!("QP {}", id.0)))?;
             self.qps.remove(&id);
         }
         for id in srqs {
-            self.context.destroy_srq(self.srqs[&id].handle).map_err(owner.verb(format!("SRQ {id}")))?;
+            self.context.destroy_srq(self.srqs[&id].handle).map_err(owner.verb(format!("SRQ {}", id.0)))?;
             self.srqs.remove(&id);
         }
         for id in cqs {
-            self.context.destroy_cq(self.cqs[&id].handle).map_err(owner.verb(format!("CQ {id}")))?;
+            self.context.destroy_cq(self.cqs[&id].handle).map_err(owner.verb(format!("CQ {}", id.0)))?;
             self.cqs.remove(&id);
         }
         self.channels.retain(|id, _| channel_stays(id));
         for id in pds {
-            self.context.destroy_pd(self.pds[&id]).map_err(owner.verb(format!("PD {id}")))?;
+            self.context.destroy_pd(self.pds[&id]).map_err(owner.verb(format!("PD {}", id.0)))?;
             self.pds.remove(&id);
         }
         Ok(())
@@ -280,7 +283,7 @@ impl Home {
     fn create_missing(&mut self, owner: &Owner, state: &ContextState) -> Result<(), ObjectError> {
         for pd in &state.pds {
             if !self.pds.contains_key(&pd.id) {
-                let handle = self.context.alloc_pd().map_err(owner.verb(format!("PD {}", pd.id)))?;
+                let handle = self.context.alloc_pd().map_err(owner.verb(format!("PD {}", pd.id.0)))?;
                 self.pds.insert(pd.id, handle);
             }
         }
@@ -288,7 +291,7 @@ impl Home {
             match self.channels.get_mut(&channel.id) {
                 Some((fd, _)) => *fd = channel.fd,
                 None => {
-                    let what = owner.verb(format!("completion channel {}", channel.id));
+                    let what = owner.verb(format!("completion channel {}", channel.id.0));
                     let file = self.context.create_comp_channel().map_err(what)?;
                     self.channels.insert(channel.id, (channel.fd, file));
                 }
@@ -296,17 +299,17 @@ impl Home {
         }
         for cq in &state.cqs {
             if !self.cqs.contains_key(&cq.id) {
-                let what = format!("CQ {}", cq.id);
-                let channel = match cq.channel {
-                    None => None,
-                    Some(id) => {
-                        let channel = self.channels.get(&id).map(|(_, file)| file.as_fd());
-                        Some(
-                            channel
-                                .ok_or_else(|| owner.wrong(&what, format!("its channel {id} is not in the state")))?,
-                        )
-                    }
-                };
+                let what = format!("CQ {}", cq.id.0);
+                let channel =
+                    match cq.channel {
+                        None => None,
+                        Some(id) => {
+                            let channel = self.channels.get(&id).map(|(_, file)| file.as_fd());
+                            Some(channel.ok_or_else(|| {
+                                owner.wrong(&what, format!("its channel {} is not in the state", id.0))
+                            })?)
+                        }
+                    };
                 let attr = CqAttr { cqe: cq.cqe, user_handle: cq.user_handle, comp_vector: cq.comp_vector, channel };
                 let made = self.context.create_cq(&attr).map_err(owner.verb(&what))?;
                 self.cqs.insert(cq.id, Queue { state: cq.clone(), handle: made.handle, map: made.map });
@@ -318,7 +321,7 @@ impl Home {
         }
         for srq in &state.srqs {
             if !self.srqs.contains_key(&srq.id) {
-                let what = format!("SRQ {}", srq.id);
+                let what = format!("SRQ {}", srq.id.0);
                 let attr = SrqAttr {
                     pd: self.pd(owner, &what, srq.pd)?,
                     user_handle: srq.user_handle,
@@ -332,7 +335,7 @@ impl Home {
             }
             if let Some(made) = self.srqs.get_mut(&srq.id) {
                 if made.state.limit != srq.limit {
-                    let what = owner.verb(format!("limit of SRQ {}", srq.id));
+                    let what = owner.verb(format!("limit of SRQ {}", srq.id.0));
                     self.context.modify_srq_limit(made.handle, srq.limit).map_err(what)?;
                 }
                 made.state = srq.clone();
@@ -345,13 +348,13 @@ impl Home {
             let what = format!("QP {}", wanted.vqpn.0);
             let cq = |id: ObjId| {
                 let found = self.cqs.get(&id).map(|cq| cq.handle);
-                found.ok_or_else(|| owner.wrong(&what, format!("its CQ {id} is not in the state")))
+                found.ok_or_else(|| owner.wrong(&what, format!("its CQ {} is not in the state", id.0)))
             };
             let srq = match wanted.srq {
                 None => None,
                 Some(id) => {
                     let found = self.srqs.get(&id).map(|srq| srq.handle);
-                    Some(found.ok_or_else(|| owner.wrong(&what, format!("its SRQ {id} is not in the state")))?)
+                    Some(found.ok_or_else(|| owner.wrong(&what, format!("its SRQ {} is not in the state", id.0)))?)
                 }
             };
             let parts = qp::Parts {
@@ -370,7 +373,7 @@ impl Home {
     }
 
     fn pd(&self, owner: &Owner, what: &str, id: ObjId) -> Result<Handle, ObjectError> {
-        self.pds.get(&id).copied().ok_or_else(|| owner.wrong(what, format!("its PD {id} is not in the state")))
+        self.pds.get(&id).copied().ok_or_else(|| owner.wrong(what, format!("its PD {} is not in the state", id.0)))
     }
 
     fn file(&self, fd: i32) -> Option<BorrowedFd<'_>> {
@@ -385,8 +388,8 @@ impl Home {
 
     /// Name, old mapping and new mapping of every queue the process has mapped.
     fn queues(&self) -> impl Iterator<Item = (String, QueueMap, Mapping)> {
-        let cqs = self.cqs.iter().map(|(id, cq)| (format!("CQ {id}"), cq.state.map, cq.map));
-        let srqs = self.srqs.iter().map(|(id, srq)| (format!("SRQ {id}"), srq.state.map, srq.map));
+        let cqs = self.cqs.iter().map(|(id, cq)| (format!("CQ {}", id.0), cq.state.map, cq.map));
+        let srqs = self.srqs.iter().map(|(id, srq)| (format!("SRQ {}", id.0), srq.state.map, srq.map));
         let qps = self.qps.values().flat_map(Qp::queues);
         cqs.chain(srqs).chain(qps).filter_map(|(what, old, new)| Some((what, old?, new?)))
     }

@@ -47,6 +47,8 @@ pub struct Incubator {
     child: Child,
     socket: UnixStream,
     timeout: Duration,
+    /// The plugin's socket. The process itself may no longer have the right to remove it.
+    plugin: PathBuf,
 }
 
 impl Incubator {
@@ -65,7 +67,7 @@ impl Incubator {
             .stderr(log)
             .spawn()
             .map_err(fail)?;
-        let mut incubator = Self { child, socket: ours, timeout };
+        let mut incubator = Self { child, socket: ours, timeout, plugin: spec.socket.clone() };
         let start = Start { rights: spec.rights.clone(), devices: spec.devices.clone(), socket: spec.socket.clone() };
         incubator.done("its start", &Command::Start(start))?;
         Ok(incubator)
@@ -191,10 +193,10 @@ fn unexpected(what: &'static str, reply: &Reply) -> IncubatorError {
 
 impl Drop for Incubator {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(Some(_))) {
-            return;
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.plugin);
     }
 }

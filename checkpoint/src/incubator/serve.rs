@@ -1,7 +1,7 @@
 //! The plugin's side of an incubator: a unix socket on which restored tasks ask for their files and queues. It answers
 //! only while armed, one request per connection, and remembers what it has given away.
 
-use super::objects::Objects;
+use super::objects::{Expected, Objects};
 use super::proto::Handed;
 use super::wire::{Answer, BadPacket, REQUEST, Want};
 use nix::sys::socket::{
@@ -51,7 +51,7 @@ impl Service {
 
     /// What has been given away, and what has not although somebody must come for it.
     pub fn handed(&self, objects: &Objects) -> Handed {
-        let (files, maps) = objects.expected();
+        let Expected { files, maps } = objects.expected();
         let missing_files = files
             .into_iter()
             .filter(|(vpid, fd, _)| !self.files.contains(&(*vpid, *fd)))
@@ -113,7 +113,7 @@ impl Service {
                 }
                 None => (Answer::Refused { why: format!("process {vpid} has no RDMA file {fd} here") }, None),
             },
-            Want::Map { vpid, addr, offset } => match objects.queue(vpid, addr, offset) {
+            Want::Map { vpid, addr, offset: _ } => match objects.queue(vpid, addr) {
                 Ok(grant) => {
                     self.maps.insert((vpid, addr));
                     (Answer::Granted { offset: grant.offset }, Some(grant.fd))
