@@ -8,3 +8,6 @@ pub mod phase;
 pub mod pki;
 pub mod timeline;
 pub mod uverbs;
+pub mod engine;
+pub mod moved;
+pub mod record;

@@ -135,7 +135,7 @@ fn converse(agent: &Arc<Agent>, stream: UnixStream) {
     let Ok(reading) = stream.try_clone() else { return };
     let mut reader = BufReader::new(reading);
     let talk = Talk { stream: std::sync::Mutex::new(stream) };
-    let mut tell = |event: Event| talk.send(&event);
+    let tell = |event: Event| talk.send(&event);
     if !is_root {
         tell(Event::Error { text: "only root may ask".into() });
         return;

@@ -95,7 +95,8 @@ impl Config {
             Err(source) => return Err(ConfigError::Read { path: file.into(), source }),
         };
         if config.name.is_empty() {
-            config.name = nix::unistd::gethostname().map_or("this host".into(), |n| n.to_string_lossy().into_owned());
+            let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+            config.name = if name.trim().is_empty() { "this host".into() } else { name.trim().into() };
         }
         Ok(config)
     }

@@ -95,6 +95,32 @@ impl Agent {
         Ok(Answer::Done)
     }
 
+    /// The moving container itself takes part in one migration at a time too.
+    pub fn hold_container(&self, migration: MigrationId, container: &str) -> Result<(), MigrationId> {
+        let mut claims = lock(&self.claims);
+        match claims.get(container) {
+            Some(claim) if claim.migration != migration => Err(claim.migration),
+            _ => {
+                let now = Instant::now();
+                let claim = Claim { migration, source: LOCAL.into(), heard: now, since: now };
+                claims.insert(container.into(), claim);
+                Ok(())
+            }
+        }
+    }
+
+    /// The container that just arrived here is still held by its migration.
+    pub fn take_over(&self, migration: MigrationId, container: &str, source: &str) {
+        let now = Instant::now();
+        lock(&self.claims)
+            .insert(container.into(), Claim { migration, source: source.into(), heard: now, since: now });
+    }
+
+    /// Forgets the migration without a word to shims.
+    pub fn let_go_of(&self, migration: MigrationId) {
+        lock(&self.claims).retain(|_, claim| claim.migration != migration);
+    }
+
     /// Answers [`Order::Relay`].
     pub fn relay(
         &self,
@@ -217,7 +243,7 @@ fn find_in(reports: &[(String, ProcessState)], link: &Link) -> Option<FarEnd> {
             match &qp.remote {
                 Some(r) if r.vqpn == link.near_vqpn && r.pqpn == link.near_pqpn => return Some(end(true)),
                 Some(_) => {}
-                None if qp.phase < QpPhase::Rtr => waiting = Some(end(false)),
+                None if matches!(qp.phase, QpPhase::Reset | QpPhase::Init) => waiting = Some(end(false)),
                 None => {}
             }
         }

@@ -97,7 +97,7 @@ pub trait Nursery: Send {
 }
 
 /// The container's way to the world.
-pub trait Wire: Send {
+pub trait Wire: Send + Sync {
     /// No packet leaves or arrives any more.
     fn down(&mut self) -> Result<()>;
     /// Packets pass again.

@@ -1,0 +1,542 @@
+//! The destination of a migration: one state machine per migration, whose states own what they need.
+//!
+//! ```text
+//!            Incubate         FileStart        Restore        Commit        Adopt
+//!  Offered ───────────▶ Nursing ─────▶ Receiving ─────▶ Prepared ─────▶ Running ─────▶ Running
+//!     │  └──────────────────────FileStart──────▲  │          │            │ Finish
+//!     └──────── Abandon ───────┴──── Abandon ─────┴──────────┘            ▼
+//!                                 gone                                  gone
+//! ```
+//!
+//! Until [`State::Prepared`] this host may give up by itself: the source cannot have committed. In `Prepared` only the
+//! source knows; this host waits, asks, and does nothing else. In `Running` there is no way back.
+
+use std::collections::HashMap;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rdma_virt::id::{MigrationId, Vpid};
+use rdma_virt::msg::{KeyTable, Reply, Request};
+use rdma_virt::saved::{AdoptedProcess, ProcessState};
+
+use super::host::{Held, Nursery, RestoreJob, Wire};
+use super::store::Store;
+use crate::agent::{Agent, chain, is_plain_name, lock};
+use crate::net::msg::{Answer, BornQp, Fate, Offer, Order, Refusal};
+
+/// A source that said nothing for this long is asked.
+const QUIET: Duration = Duration::from_secs(20);
+
+/// Name of the incubator's socket in the container's directory; the plugin knows it.
+const INCUBATOR: &str = "incubator.sock";
+
+/// How far a migration has come here.
+enum State {
+    Offered,
+    Nursing {
+        nursery: Box<dyn Nursery>,
+    },
+    Receiving {
+        nursery: Option<Box<dyn Nursery>>,
+        store: Store,
+    },
+    Prepared {
+        nursery: Option<Box<dyn Nursery>>,
+        store: Store,
+        held: Box<dyn Held>,
+        wire: Option<Box<dyn Wire>>,
+    },
+    Running {
+        nursery: Option<Box<dyn Nursery>>,
+        store: Store,
+        held: Box<dyn Held>,
+        /// What the shims answered, once they did.
+        keys: Option<Vec<(Vpid, KeyTable)>>,
+    },
+    /// Between two states, and after the last.
+    Gone,
+}
+
+impl State {
+    fn name(&self) -> &'static str {
+        match self {
+            State::Offered => "offered",
+            State::Nursing { .. } => "making objects",
+            State::Receiving { .. } => "receiving",
+            State::Prepared { .. } => "prepared, waiting for the decision",
+            State::Running { keys: None, .. } => "running, not yet connected",
+            State::Running { .. } => "running",
+            State::Gone => "over",
+        }
+    }
+}
+
+/// One migration to this host.
+struct Arrival {
+    /// `host:port` of the source's agent.
+    source: String,
+    offer: Offer,
+    states: Vec<ProcessState>,
+    state: State,
+    /// When the source last said something, or answered.
+    heard: Instant,
+}
+
+/// All migrations to this host.
+#[derive(Default)]
+pub struct Desk(Mutex<HashMap<MigrationId, Entry>>);
+
+#[derive(Clone)]
+struct Entry {
+    container: String,
+    arrival: Arc<Mutex<Arrival>>,
+}
+
+impl std::fmt::Debug for Desk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.list()).finish()
+    }
+}
+
+impl Desk {
+    /// In words, for the status.
+    pub fn list(&self) -> Vec<String> {
+        lock(&self.0)
+            .iter()
+            .map(|(id, entry)| match entry.arrival.try_lock() {
+                Ok(a) => format!("{} from {} ({id}): {}", entry.container, a.source, a.state.name()),
+                Err(_) => format!("{} ({id}): busy", entry.container),
+            })
+            .collect()
+    }
+
+    /// The migration that brings this container, if any.
+    pub fn bringing(&self, container: &str) -> Option<MigrationId> {
+        lock(&self.0).iter().find(|(_, e)| e.container == container).map(|(id, _)| *id)
+    }
+
+    fn get(&self, id: MigrationId) -> Option<Entry> {
+        lock(&self.0).get(&id).cloned()
+    }
+}
+
+fn failed(why: impl Into<String>) -> Refusal {
+    Refusal::Failed(why.into())
+}
+
+/// Does what the source asks of its destination.
+pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Order) -> Result<Answer, Refusal> {
+    if let Order::Offer { offer, dry_run } = order {
+        return consider(agent, from, id, *offer, dry_run);
+    }
+    let Some(entry) = agent.desk.get(id) else {
+        return match order {
+            // What was never here, or is gone, need not be removed.
+            Order::Abandon | Order::Finish => Ok(Answer::Done),
+            other => Err(failed(format!("{} for a migration this host knows nothing of", other.name()))),
+        };
+    };
+    let mut arrival = lock(&entry.arrival);
+    arrival.heard = Instant::now();
+    let answer = arrival.step(agent, id, order);
+    arrival.heard = Instant::now();
+    if matches!(arrival.state, State::Gone) {
+        lock(&agent.desk.0).remove(&id);
+    }
+    answer
+}
+
+fn consider(
+    agent: &Agent,
+    from: Option<SocketAddr>,
+    id: MigrationId,
+    offer: Offer,
+    dry_run: bool,
+) -> Result<Answer, Refusal> {
+    if !is_plain_name(&offer.container) {
+        return Err(failed("a container's id with a slash or a leading dot"));
+    }
+    let Some(from) = from else { return Err(failed("a container cannot move to the host it is on")) };
+    if let Some(by) = agent.desk.bringing(&offer.container).filter(|other| *other != id) {
+        return Err(Refusal::Busy { container: offer.container, by });
+    }
+    let problems = super::check::problems(agent, &offer);
+    if problems.is_empty() && !dry_run {
+        let source = SocketAddr::new(from.ip(), offer.from_port).to_string();
+        let container = offer.container.clone();
+        let arrival = Arrival { source, offer, states: Vec::new(), state: State::Offered, heard: Instant::now() };
+        lock(&agent.desk.0).insert(id, Entry { container, arrival: Arc::new(Mutex::new(arrival)) });
+    }
+    Ok(Answer::Offered { problems })
+}
+
+impl Arrival {
+    /// One order. An order that does not fit the state changes nothing.
+    fn step(&mut self, agent: &Agent, id: MigrationId, order: Order) -> Result<Answer, Refusal> {
+        let state = std::mem::replace(&mut self.state, State::Gone);
+        let name = order.name();
+        let (state, answer) = match (state, order) {
+            (State::Offered, Order::Incubate { states }) => match self.nursery(agent) {
+                Ok(nursery) => self.incubate(nursery, states),
+                Err(e) => (State::Offered, Err(e)),
+            },
+            (State::Nursing { nursery }, Order::Incubate { states }) => self.incubate(nursery, states),
+            (State::Nursing { mut nursery }, Order::Join { links }) => {
+                let joined = nursery.connect(&links).map(|()| Answer::Done).map_err(|e| failed(e.to_string()));
+                (State::Nursing { nursery }, joined)
+            }
+            (State::Offered, order @ Order::FileStart { .. }) => self.receive(agent, id, None, order),
+            (State::Nursing { nursery }, order @ Order::FileStart { .. }) => {
+                self.receive(agent, id, Some(nursery), order)
+            }
+            (
+                State::Receiving { nursery, mut store },
+                order @ (Order::FileStart { .. } | Order::FilePiece { .. } | Order::FileEnd { .. }),
+            ) => {
+                let answer = store.take(order).map(|()| Answer::Done).map_err(|e| failed(chain(&e)));
+                (State::Receiving { nursery, store }, answer)
+            }
+            (State::Receiving { nursery, store }, Order::Restore { files }) => {
+                self.restore(agent, nursery, store, files)
+            }
+            (State::Prepared { nursery, store, held, wire }, Order::Commit) => {
+                self.commit(agent, id, nursery, store, held, wire)
+            }
+            (running @ State::Running { .. }, Order::Commit) => (running, Ok(Answer::Done)),
+            (State::Running { nursery, store, held, keys: None }, Order::Adopt) => {
+                self.adopt(agent, id, nursery, store, held)
+            }
+            (State::Running { nursery, store, held, keys: Some(keys) }, Order::Adopt) => {
+                let answer = Answer::Adopted { keys: keys.clone() };
+                (State::Running { nursery, store, held, keys: Some(keys) }, Ok(answer))
+            }
+            (State::Running { nursery, store, held, keys }, Order::Finish) => {
+                self.finish(agent, id, nursery, store);
+                drop((held, keys));
+                (State::Gone, Ok(Answer::Done))
+            }
+            (running @ State::Running { .. }, Order::Abandon) => {
+                (running, Err(failed("the container runs here already: its source had committed")))
+            }
+            (state, Order::Abandon) => {
+                self.abandon(agent, state);
+                (State::Gone, Ok(Answer::Done))
+            }
+            (state, _) => {
+                let why = format!("{name} does not fit: the migration is {} here", state.name());
+                (state, Err(failed(why)))
+            }
+        };
+        self.state = state;
+        answer
+    }
+
+    /// The container's directory is made by its runtime when it restores; the incubator needs it earlier.
+    fn nursery(&self, agent: &Agent) -> Result<Box<dyn Nursery>, Refusal> {
+        let Offer { container, bundle, .. } = &self.offer;
+        let dir = agent.doors.of(container);
+        fs::create_dir_all(&dir).map_err(|e| failed(format!("cannot make {}: {e}", dir.display())))?;
+        agent.host.incubate(container, bundle, &dir.join(INCUBATOR)).map_err(|e| failed(format!("the incubator: {e}")))
+    }
+
+    fn incubate(
+        &mut self,
+        mut nursery: Box<dyn Nursery>,
+        states: Vec<ProcessState>,
+    ) -> (State, Result<Answer, Refusal>) {
+        let answer = match nursery.converge(&states) {
+            Ok(made) => born(&made).map(|qps| Answer::Incubated { qps }).map_err(failed),
+            Err(e) => Err(failed(format!("making the RDMA objects: {e}"))),
+        };
+        self.states = states;
+        (State::Nursing { nursery }, answer)
+    }
+
+    fn receive(
+        &mut self,
+        agent: &Agent,
+        id: MigrationId,
+        nursery: Option<Box<dyn Nursery>>,
+        order: Order,
+    ) -> (State, Result<Answer, Refusal>) {
+        let dir = agent.config.state_dir.join("incoming").join(id.to_string());
+        match Store::make(dir, self.offer.image_bytes).and_then(|mut store| store.take(order).map(|()| store)) {
+            Ok(store) => (State::Receiving { nursery, store }, Ok(Answer::Done)),
+            Err(e) => {
+                let back = nursery.map_or(State::Offered, |nursery| State::Nursing { nursery });
+                (back, Err(failed(chain(&e))))
+            }
+        }
+    }
+
+    fn restore(
+        &mut self,
+        agent: &Agent,
+        mut nursery: Option<Box<dyn Nursery>>,
+        store: Store,
+        files: u32,
+    ) -> (State, Result<Answer, Refusal>) {
+        match self.try_restore(agent, &mut nursery, &store, files) {
+            Ok((held, wire)) => (State::Prepared { nursery, store, held, wire }, Ok(Answer::Done)),
+            Err(why) => (State::Receiving { nursery, store }, Err(failed(why))),
+        }
+    }
+
+    /// Everything that can fail happens here, not after the decision.
+    #[expect(clippy::type_complexity, reason = "the two things a prepared container is made of, named by the caller")]
+    fn try_restore(
+        &mut self,
+        agent: &Agent,
+        nursery: &mut Option<Box<dyn Nursery>>,
+        store: &Store,
+        files: u32,
+    ) -> Result<(Box<dyn Held>, Option<Box<dyn Wire>>), String> {
+        store.is_complete(files).map_err(|e| chain(&e))?;
+        let Offer { container, bundle, .. } = &self.offer;
+        let mut wire = agent.host.wire(bundle, None).map_err(|e| format!("the container's network: {e}"))?;
+        if let Some(wire) = &mut wire {
+            wire.down().map_err(|e| format!("the container's network: {e}"))?;
+        }
+        if let Some(nursery) = nursery {
+            nursery.arm().map_err(|e| format!("the incubator: {e}"))?;
+        }
+        let job = RestoreJob {
+            id: container.clone(),
+            bundle: bundle.clone(),
+            images: store.images(),
+            work: store.work(),
+            incubator: nursery.is_some().then(|| agent.doors.of(container).join(INCUBATOR)),
+            deadline: Duration::from_secs(agent.config.deadlines.restore),
+        };
+        let held = agent.host.restore(&job).map_err(|e| format!("restoring the container: {e}"));
+        let missing = match (nursery, &held) {
+            (Some(nursery), Ok(_)) => nursery.disarm().and_then(|()| nursery.missing()),
+            (Some(nursery), Err(_)) => nursery.disarm().map(|()| Vec::new()),
+            (None, _) => Ok(Vec::new()),
+        };
+        let held = held?;
+        match missing {
+            Ok(list) if list.is_empty() => Ok((held, wire)),
+            Ok(list) => {
+                give_up(held);
+                Err(format!("restored processes did not take all their RDMA objects: {}", list.join(", ")))
+            }
+            Err(e) => {
+                give_up(held);
+                Err(format!("the incubator: {e}"))
+            }
+        }
+    }
+
+    fn commit(
+        &mut self,
+        agent: &Agent,
+        id: MigrationId,
+        nursery: Option<Box<dyn Nursery>>,
+        store: Store,
+        mut held: Box<dyn Held>,
+        mut wire: Option<Box<dyn Wire>>,
+    ) -> (State, Result<Answer, Refusal>) {
+        let container = self.offer.container.clone();
+        let mut run = || -> Result<(), String> {
+            if let Some(wire) = &mut wire {
+                wire.up().map_err(|e| format!("the container's network: {e}"))?;
+            }
+            agent.moved.host_guest(&container, self.offer.lease).map_err(|e| chain(&e))?;
+            agent.doors.bump(&container).map_err(|e| format!("the container's directory: {e}"))?;
+            held.release().map_err(|e| format!("letting the tasks run: {e}"))
+        };
+        if let Err(why) = run() {
+            return (State::Prepared { nursery, store, held, wire }, Err(failed(why)));
+        }
+        agent.take_over(id, &container, &self.source);
+        if let Some(wire) = &mut wire
+            && let Err(e) = wire.announce()
+        {
+            // Neighbours find out by themselves, a little later.
+            eprintln!("container {container}: announcing its address: {e}");
+        }
+        (State::Running { nursery, store, held, keys: None }, Ok(Answer::Done))
+    }
+
+    fn adopt(
+        &mut self,
+        agent: &Agent,
+        id: MigrationId,
+        mut nursery: Option<Box<dyn Nursery>>,
+        store: Store,
+        held: Box<dyn Held>,
+    ) -> (State, Result<Answer, Refusal>) {
+        let container = self.offer.container.clone();
+        let adopted = match nursery.as_mut().map(|n| n.report()) {
+            None => Ok(Vec::new()),
+            Some(report) => report.map_err(|e| format!("the incubator: {e}")),
+        };
+        let keys = adopted.and_then(|list| tell_shims(agent, id, &container, list));
+        match keys {
+            Ok(keys) => {
+                if let Some(nursery) = nursery.take()
+                    && let Err(e) = nursery.release()
+                {
+                    eprintln!("container {container}: the incubator's end: {e}");
+                }
+                let answer = Answer::Adopted { keys: keys.clone() };
+                (State::Running { nursery, store, held, keys: Some(keys) }, Ok(answer))
+            }
+            Err(why) => (State::Running { nursery, store, held, keys: None }, Err(failed(why))),
+        }
+    }
+
+    fn finish(&mut self, agent: &Agent, id: MigrationId, nursery: Option<Box<dyn Nursery>>, store: Store) {
+        let container = &self.offer.container;
+        if let Some(nursery) = nursery {
+            let _ = nursery.release();
+        }
+        let _ = fs::remove_file(agent.doors.of(container).join(INCUBATOR));
+        if let Err(e) = store.remove() {
+            eprintln!("{id}: {}", chain(&e));
+        }
+        agent.let_go_of(id);
+        if self.offer.paused {
+            // As it was found on the source.
+            let frozen = agent.host.container(container).and_then(|c| agent.host.freeze(&c));
+            if let Err(e) = frozen {
+                eprintln!("container {container} could not be paused again: {e}");
+            }
+        }
+    }
+
+    fn abandon(&mut self, agent: &Agent, state: State) {
+        let container = &self.offer.container;
+        let (nursery, store) = match state {
+            State::Prepared { nursery, store, held, wire } => {
+                give_up(held);
+                drop(wire);
+                (nursery, Some(store))
+            }
+            State::Receiving { nursery, store } => (nursery, Some(store)),
+            State::Nursing { nursery } => (Some(nursery), None),
+            State::Offered | State::Running { .. } | State::Gone => (None, None),
+        };
+        // Its objects vanish with it.
+        let nursed = nursery.is_some();
+        drop(nursery);
+        if let Some(store) = store
+            && let Err(e) = store.remove()
+        {
+            eprintln!("{}", chain(&e));
+        }
+        if nursed && agent.host.container(container).is_err() {
+            remove_dir(agent.doors.of(container));
+        }
+    }
+}
+
+fn remove_dir(dir: PathBuf) {
+    match fs::remove_dir_all(&dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => eprintln!("{}: {e}", dir.display()),
+        _ => {}
+    }
+}
+
+fn give_up(held: Box<dyn Held>) {
+    if let Err(e) = held.abandon() {
+        eprintln!("removing what was restored: {e}");
+    }
+}
+
+/// QP numbers and addresses for the source's plan.
+fn born(made: &[AdoptedProcess]) -> Result<Vec<BornQp>, String> {
+    let mut qps = Vec::new();
+    for process in made {
+        for context in &process.contexts {
+            let pgid = context.sgid_index.first().map(|s| s.physical);
+            for qp in &context.qps {
+                // Each QP's own index is known to the incubator alone; a context's entries share one host.
+                let Some(pgid) = pgid else {
+                    return Err(format!("device {} has no GID of the kind its QPs use", context.device));
+                };
+                qps.push(BornQp {
+                    vpid: process.vpid,
+                    context: context.id,
+                    qp: qp.id,
+                    vqpn: qp.vqpn,
+                    pqpn: qp.pqpn,
+                    pgid,
+                });
+            }
+        }
+    }
+    Ok(qps)
+}
+
+/// Every restored process' shim takes its new objects, at the same time.
+fn tell_shims(
+    agent: &Agent,
+    id: MigrationId,
+    container: &str,
+    adopted: Vec<AdoptedProcess>,
+) -> Result<Vec<(Vpid, KeyTable)>, String> {
+    let vpids: Vec<Vpid> = adopted.iter().map(|a| a.vpid).collect();
+    let wait = Duration::from_secs(agent.config.deadlines.reconnect);
+    let shims = agent.shims.wait_for(container, &vpids, wait).map_err(|missing| {
+        let missing: Vec<String> = missing.iter().map(|v| v.0.to_string()).collect();
+        format!("pids {} have not connected within {} s", missing.join(", "), wait.as_secs())
+    })?;
+    let deadline = Duration::from_secs(agent.config.deadlines.answer);
+    let asked: Vec<_> = thread::scope(|scope| {
+        let running: Vec<_> = shims
+            .iter()
+            .zip(adopted)
+            .map(|(shim, a)| scope.spawn(move || (a.vpid, shim.ask(Some(id), Request::Adopt(a), deadline))))
+            .collect();
+        running.into_iter().map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
+    });
+    asked
+        .into_iter()
+        .map(|(vpid, reply)| match reply {
+            Ok(Reply::Adopted { keys }) => Ok((vpid, keys)),
+            Ok(_) => Err(format!("pid {} answered adopt with something else", vpid.0)),
+            Err(e) => Err(chain(&e)),
+        })
+        .collect()
+}
+
+/// Asks the sources of quiet migrations what became of them. Called every now and then.
+pub fn look_after(agent: &Agent) {
+    let entries: Vec<(MigrationId, Entry)> = lock(&agent.desk.0).iter().map(|(id, e)| (*id, e.clone())).collect();
+    for (id, entry) in entries {
+        // A migration in the middle of a step is not quiet.
+        let Ok(arrival) = entry.arrival.try_lock() else { continue };
+        if arrival.heard.elapsed() < QUIET || matches!(arrival.state, State::Running { keys: Some(_), .. }) {
+            continue;
+        }
+        let (source, may_give_up) = (
+            arrival.source.clone(),
+            !matches!(arrival.state, State::Prepared { .. } | State::Running { .. })
+                && arrival.heard.elapsed() > Duration::from_secs(agent.config.deadlines.orphan),
+        );
+        drop(arrival);
+        let order = match agent.call(&source, Some(id), Order::Fate, Duration::from_secs(10)) {
+            Ok(Answer::Fate(Fate::Aborted)) => Order::Abandon,
+            Ok(Answer::Fate(Fate::Committed)) => Order::Commit,
+            Ok(_) => {
+                lock(&entry.arrival).heard = Instant::now();
+                continue;
+            }
+            Err(_) if may_give_up => Order::Abandon,
+            Err(e) => {
+                eprintln!("{id}: its source is silent: {}", chain(&e));
+                continue;
+            }
+        };
+        eprintln!("{id} of container {}: {} after asking its source", entry.container, order.name());
+        if let Err(e) = obey(agent, None, id, order) {
+            eprintln!("{id}: {e}");
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Commit, and everything after it: only forward. Each step may be repeated, and is, until it succeeds or the time for
+//! it is over; a peer that ended meanwhile is passed over, as if its host had died.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rdma_virt::id::Vpid;
+use rdma_virt::msg::{KeyTable, Reply, Request};
+use rdma_virt::saved::ProcessState;
+use serde::{Deserialize, Serialize};
+
+use super::plan::{Plan, Switches};
+use super::source::{Run, Stop, confused};
+use crate::net::msg::{Answer, Lease, Order};
+use crate::record::{State, now};
+
+/// Between two tries of one step.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// What has to be known to go on after the source's agent was restarted: the record's plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Forward {
+    pub plan: Plan,
+    pub states: Vec<ProcessState>,
+    pub lease: Lease,
+}
+
+/// 16 random bytes.
+pub fn random() -> [u8; 16] {
+    let mut bytes = [0; 16];
+    // A kernel without it could not run containers either; the pid and the clock still tell two apart.
+    if File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes)).is_err() {
+        let nanos = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+        bytes = (nanos ^ (u128::from(std::process::id()) << 96)).to_le_bytes();
+    }
+    bytes
+}
+
+/// A random number.
+pub fn random_u32() -> u32 {
+    let r = random();
+    u32::from_le_bytes([r[0], r[1], r[2], r[3]])
+}
+
+impl Run<'_> {
+    /// The point of no return: a record on disk. Then the tasks here end, and the destination lets its own run.
+    pub(super) fn commit(&mut self) -> Result<(), Stop> {
+        let forward = Forward { plan: self.plan.clone(), states: self.states.clone(), lease: self.lease };
+        self.record.plan = serde_json::to_value(forward)
+            .map_err(|e| Stop::Failed(format!("the plan cannot be written down: {e}")))?;
+        self.record.peers = self.plan.peer_containers();
+        self.record.state = State::Committed;
+        self.cancel.seal().map_err(Stop::Failed)?;
+        if let Err(e) = self.world.records().write(&self.record) {
+            // Did it reach the disk or not? What a reader finds decides, here as everywhere.
+            let found = self.world.records().read(self.id).ok().flatten();
+            if found.is_none_or(|r| r.state != State::Committed) {
+                self.record.state = State::Started;
+                return Err(Stop::Failed(crate::agent::chain(&e)));
+            }
+        }
+        self.effects.committed = true;
+
+        // Our tasks stand still in their cgroup and end there; the others need not wait for that.
+        let dump = self.effects.dump.take();
+        let ending = thread::Builder::new().name("end".into()).spawn(move || dump.map(super::handover::Dump::accept));
+        self.tell_destination()?;
+        self.timeline.released();
+        match ending.map(std::thread::JoinHandle::join) {
+            Ok(Ok(Some(Err(why)))) => self.note(format!("CRIU, after the decision: {why}")),
+            Ok(Ok(_)) => {}
+            _ => self.note("CRIU's end was not seen"),
+        }
+        self.kill_what_is_left();
+        Ok(())
+    }
+
+    pub(super) fn tell_destination(&mut self) -> Result<(), Stop> {
+        self.again("letting the tasks run on the destination", |run| {
+            run.ask_destination(Order::Commit, run.answer_time() * 2).map(drop)
+        })
+    }
+
+    /// Whatever became of CRIU: nothing of the container may ever run here again.
+    pub(super) fn kill_what_is_left(&self) {
+        if let Some(container) = &self.container {
+            // The cgroup may be gone with its last task.
+            let _ = fs::write(container.cgroup.join("cgroup.kill"), "1");
+        }
+    }
+
+    /// The moved processes take their new objects; peers change over; everybody who resolves learns the new place.
+    pub(super) fn switch(&mut self) -> Result<(), Stop> {
+        if self.states.is_empty() {
+            return Ok(());
+        }
+        let adopt = Duration::from_secs(self.world.config().deadlines.reconnect) + self.answer_time() * 2;
+        let mut keys: Vec<(Vpid, KeyTable)> = Vec::new();
+        self.again("handing the new objects to the moved processes", |run| {
+            match run.ask_destination(Order::Adopt, adopt)? {
+                Answer::Adopted { keys: got } => keys = got,
+                _ => return Err(confused("the destination", "adopt")),
+            }
+            Ok(())
+        })?;
+        let Switches { peers, inside } = self.plan.switches(&keys);
+        let name = self.request.container.clone();
+        self.tell_everybody(&keys);
+        let peers = peers.into_iter().map(|(p, r)| (p.agent, p.container, p.vpid, r));
+        let inside = inside.into_iter().map(|(vpid, r)| (self.to.clone(), name.clone(), vpid, r));
+        self.all_forward("switch", peers.chain(inside).collect());
+        Ok(())
+    }
+
+    /// The new location, for tables of agents. One that misses it asks its way through.
+    fn tell_everybody(&self, keys: &[(Vpid, KeyTable)]) {
+        let news = self.plan.moved(&self.request.container, &self.states, keys, self.lease, &self.to, now());
+        if let Err(why) = self.world.left(&self.request.container, &news) {
+            self.note(format!("remembering where the container went: {why}"));
+        }
+        let mut agents: Vec<String> = self.plan.peer_containers().into_iter().map(|(agent, _)| agent).collect();
+        agents.retain(|a| a != crate::agent::LOCAL && *a != self.to);
+        agents.push(self.to.clone());
+        let tell = |at: &String| self.world.call(at, self.id, Order::Moved(news.clone()), self.answer_time()).err();
+        for e in self.fan_out(agents, tell).into_iter().filter_map(|(_, e)| e) {
+            self.note(format!("an agent did not learn the new place: {}", crate::agent::chain(&e)));
+        }
+    }
+
+    /// Held sends go out everywhere. Only now, when every end has its receives posted.
+    pub(super) fn resume(&mut self) -> Result<(), Stop> {
+        let name = self.request.container.clone();
+        let own = self.states.iter().map(|s| (self.to.clone(), name.clone(), s.vpid, Request::Resume));
+        let peers = self.plan.peers().into_keys().map(|p| (p.agent, p.container, p.vpid, Request::Resume));
+        let all = own.chain(peers).collect();
+        self.all_forward("resume", all);
+        Ok(())
+    }
+
+    /// One request to many shims; each is repeated until it succeeds, the shim has ended, or the time is over. Nothing
+    /// that fails here stops the others.
+    fn all_forward(&self, what: &str, asks: Vec<(String, String, Vpid, Request)>) {
+        let until = self.until();
+        let ask = |(agent, container, vpid, request): &(String, String, Vpid, Request)| {
+            loop {
+                let why = match self.relay(agent, container, *vpid, request.clone(), self.answer_time()) {
+                    Ok(Reply::Done) => return None,
+                    Ok(_) => "it answered with something else".to_owned(),
+                    Err(stop) => stop.to_string(),
+                };
+                let ended = why.contains("no connection to the agent");
+                if ended || Instant::now() >= until {
+                    return Some(why);
+                }
+                thread::sleep(PAUSE);
+            }
+        };
+        for ((agent, container, vpid, _), why) in self.fan_out(asks, ask) {
+            if let Some(why) = why {
+                let who = format!("pid {} of container {container} at {agent}", vpid.0);
+                self.note(format!("{who} was passed over at {what}: {why}"));
+            }
+        }
+    }
+
+    fn until(&self) -> Instant {
+        Instant::now() + Duration::from_secs(self.world.config().deadlines.forward)
+    }
+
+    /// Repeats one step.
+    fn again(&mut self, what: &str, mut step: impl FnMut(&mut Self) -> Result<(), Stop>) -> Result<(), Stop> {
+        let until = self.until();
+        let mut told = false;
+        loop {
+            let stop = match step(self) {
+                Ok(()) => return Ok(()),
+                Err(stop) => stop,
+            };
+            if Instant::now() >= until {
+                return Err(Stop::Failed(format!("{what}: {stop}")));
+            }
+            if !told {
+                self.note(format!("{what}: {stop}; trying again"));
+                told = true;
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    /// Nothing of the container stays here; everybody forgets the migration.
+    pub(super) fn finish(&mut self) -> Result<(), Stop> {
+        self.again("telling the destination that all is done", |run| {
+            run.ask_destination(Order::Finish, run.answer_time()).map(drop)
+        })?;
+        let agents: Vec<String> = std::mem::take(&mut self.effects.claimed).into_iter().collect();
+        let release = |at: &String| {
+            let order = Order::Release { committed: true };
+            self.world.call(at, self.id, order, self.answer_time()).err()
+        };
+        for e in self.fan_out(agents, release).into_iter().filter_map(|(_, e)| e) {
+            self.note(format!("a peer was not released and will ask: {}", crate::agent::chain(&e)));
+        }
+        if let Some(container) = &self.container {
+            self.kill_what_is_left();
+            if let Err(e) = self.world.host().forget(container) {
+                self.note(format!("cleaning up here: {e}"));
+            }
+        }
+        self.effects.wire = None;
+        if let Some(dir) = self.effects.images.take() {
+            let _ = fs::remove_dir_all(dir);
+        }
+        self.world.let_go(self.id);
+        self.record.state = State::Finished;
+        // The plan is long and of no more use.
+        self.record.plan = serde_json::Value::Null;
+        self.world.records().write(&self.record).map_err(|e| Stop::Failed(crate::agent::chain(&e)))
+    }
+}

@@ -1,0 +1,212 @@
+//! Dump, transfer, restore: the container's image on its way. Until the end CRIU on this host holds the tasks at its
+//! last gate and waits for the verdict.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::host::{DumpJob, HostError};
+use super::source::{Run, Stop, confused};
+use crate::agent::admin::Event;
+use crate::agent::facts;
+use crate::image::{self, HandOver, ImagedProcess, RdmaImage, Secret, SourceDevice, SourceGid};
+use crate::net::msg::{Answer, Order, PIECE};
+use crate::phase::Phase;
+
+/// How often a long wait looks whether somebody wants to stop.
+const LOOK: Duration = Duration::from_millis(50);
+
+type Verdict = Result<(), String>;
+
+/// CRIU at its last gate, in a thread of its own. Dropped, it is refused.
+pub struct Dump {
+    verdict: SyncSender<Verdict>,
+    thread: JoinHandle<Result<(), HostError>>,
+}
+
+impl Dump {
+    /// The tasks go on (frozen as they are). Returns when CRIU has let go of them.
+    pub fn refuse(self, why: &str) -> Result<(), String> {
+        // A dump that failed by itself waits for nothing; its error was told already.
+        let _ = self.verdict.send(Err(why.into()));
+        match self.thread.join() {
+            Ok(_) => Ok(()),
+            Err(_) => Err("its thread panicked".into()),
+        }
+    }
+
+    /// The tasks end. Returns when they have.
+    pub fn accept(self) -> Result<(), String> {
+        let _ = self.verdict.send(Ok(()));
+        match self.thread.join() {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(e)) => Err(e.to_string()),
+            Err(_) => Err("its thread panicked".into()),
+        }
+    }
+}
+
+impl Run<'_> {
+    /// Writes our own image, then has CRIU write its.
+    pub(super) fn dump(&mut self) -> Result<(), Stop> {
+        let base = self.world.config().state_dir.join("outgoing").join(self.id.to_string());
+        let (images, work) = (base.join("images"), base.join("work"));
+        self.effects.images = Some(base);
+        for dir in [&images, &work] {
+            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+            made.map_err(|e| Stop::Failed(format!("cannot make {}: {e}", dir.display())))?;
+        }
+        if !self.states.is_empty() {
+            let image = self.rdma_image();
+            image::write(&images, &image).map_err(|e| Stop::Failed(crate::agent::chain(&e)))?;
+        }
+        let (reached_tx, reached) = channel();
+        let (verdict, verdict_rx) = sync_channel::<Verdict>(1);
+        let (host, container) = (self.world.host(), self.container()?.clone());
+        let job = DumpJob { images: images.clone(), work };
+        let run = move || {
+            let mut gate = || {
+                let _ = reached_tx.send(());
+                // Without a verdict (this migration's thread is gone) the tasks stay.
+                verdict_rx.recv().unwrap_or_else(|_| Err("the migration ended without a decision".into()))
+            };
+            host.dump(&container, &job, &mut gate)
+        };
+        let thread = thread::Builder::new().name("dump".into()).spawn(run);
+        let thread = thread.map_err(|e| Stop::Failed(format!("no thread for the dump: {e}")))?;
+        self.effects.dump = Some(Dump { verdict, thread });
+        self.wait_for_gate(&reached)?;
+        self.list_files(images)
+    }
+
+    fn wait_for_gate(&mut self, reached: &Receiver<()>) -> Result<(), Stop> {
+        loop {
+            match reached.recv_timeout(LOOK) {
+                Ok(()) => return Ok(()),
+                // CRIU cannot be told to stop in the middle; its verdict will be the refusal.
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    let ended = self.effects.dump.take().map(|d| d.thread.join());
+                    return Err(Stop::Failed(match ended {
+                        Some(Ok(Err(e))) => e.to_string(),
+                        Some(Ok(Ok(()))) => "CRIU ended without asking whether it may".into(),
+                        _ => "the dump's thread panicked".into(),
+                    }));
+                }
+            }
+        }
+    }
+
+    fn rdma_image(&self) -> RdmaImage {
+        RdmaImage {
+            generation: 1,
+            secret: Secret(secret()),
+            container: self.request.container.clone(),
+            hand_over: HandOver::Adopt,
+            host: self.world.config().name.clone(),
+            devices: facts::devices()
+                .into_iter()
+                .map(|d| SourceDevice {
+                    name: d.name,
+                    driver: d.driver,
+                    node_guid: 0,
+                    gids: d
+                        .gids
+                        .iter()
+                        .map(|g| SourceGid { port: g.port, index: g.index, gid: g.gid, kind: g.kind })
+                        .collect(),
+                })
+                .collect(),
+            processes: self
+                .states
+                .iter()
+                .map(|s| ImagedProcess {
+                    state: s.clone(),
+                    host_pid: self.pids.get(&s.vpid).copied().unwrap_or_default(),
+                })
+                .collect(),
+        }
+    }
+
+    fn list_files(&mut self, images: PathBuf) -> Result<(), Stop> {
+        let read = |e: std::io::Error| Stop::Failed(format!("cannot read {}: {e}", images.display()));
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&images).map_err(read)? {
+            let entry = entry.map_err(read)?;
+            let meta = fs::symlink_metadata(entry.path()).map_err(read)?;
+            let name = entry.file_name().into_string();
+            match name {
+                Ok(name) if meta.is_file() => files.push((name, meta.len())),
+                _ => {
+                    let path = entry.path();
+                    return Err(Stop::Failed(format!("{} does not belong into an image", path.display())));
+                }
+            }
+        }
+        files.sort();
+        self.bytes = files.iter().map(|(_, len)| len).sum();
+        self.files = files;
+        Ok(())
+    }
+
+    /// Streams the image's files.
+    pub(super) fn transfer(&mut self) -> Result<(), Stop> {
+        let Some(images) = self.effects.images.as_ref().map(|base| base.join("images")) else {
+            return Err(Stop::Failed("there is no image".into()));
+        };
+        let total = self.bytes;
+        let mut done = 0;
+        let mut buffer = vec![0; PIECE];
+        for (name, len) in self.files.clone() {
+            let path = images.join(&name);
+            let read = |e: std::io::Error| Stop::Failed(format!("cannot read {}: {e}", path.display()));
+            let mut file = File::open(&path).map_err(read)?;
+            let mode = file.metadata().map_err(read)?.mode() & 0o777;
+            self.send(Order::FileStart { name, len, mode })?;
+            let mut crc = crc32fast::Hasher::new();
+            loop {
+                self.wanted()?;
+                let n = file.read(&mut buffer).map_err(read)?;
+                if n == 0 {
+                    break;
+                }
+                crc.update(&buffer[..n]);
+                self.send(Order::FilePiece { bytes: buffer[..n].to_vec() })?;
+                done += n as u64;
+                self.progress.event(Event::Progress { phase: Phase::Transfer, done, total, unit: "bytes".into() });
+            }
+            self.send(Order::FileEnd { crc: crc.finalize() })?;
+        }
+        Ok(())
+    }
+
+    fn send(&self, order: Order) -> Result<(), Stop> {
+        let name = order.name();
+        match self.ask_destination(order, Duration::from_secs(60))? {
+            Answer::Done => Ok(()),
+            _ => Err(confused("the destination", name)),
+        }
+    }
+
+    /// The destination restores up to its last gate. From its answer on it keeps everything until it knows the
+    /// decision.
+    pub(super) fn restore(&mut self) -> Result<(), Stop> {
+        let files = u32::try_from(self.files.len()).unwrap_or(u32::MAX);
+        let deadline = Duration::from_secs(self.world.config().deadlines.restore) + self.answer_time();
+        match self.ask_destination(Order::Restore { files }, deadline)? {
+            Answer::Done => Ok(()),
+            _ => Err(confused("the destination", "restore")),
+        }
+    }
+}
+
+fn secret() -> [u8; 32] {
+    let mut bytes = [0; 32];
+    bytes[..16].copy_from_slice(&super::forward::random());
+    bytes[16..].copy_from_slice(&super::forward::random());
+    bytes
+}

@@ -1,0 +1,152 @@
+//! The migration engine: moves one container from this host to another, with one commit point.
+//!
+//! ```text
+//!  source                      destination                 hosts of peers
+//!  ------                      -----------                 --------------
+//!  Negotiate    offer ───────▶ could I?                    whose QPs are these? hold them
+//!  PreSetup     states ──────▶ incubator makes objects     second QP beside each
+//!               join ────────▶ connects them ◀────────────▶ connects the second QPs
+//!  Suspend      own shims                                  shims: hold sends of these QPs
+//!  WaitBeforeStop  own shims                               shims: complete what is in flight
+//!  Freeze, Dump (CRIU waits at its last gate)
+//!  Converge     as PreSetup, for what changed since
+//!  Transfer     files ───────▶ on disk
+//!  Restore      ─────────────▶ restored, held before the first instruction
+//!  Commit       record on disk; own tasks end
+//!               ─────────────▶ address up, tasks run
+//!  Switch       adopt ───────▶ shims point at new objects  second QPs take over
+//!  Resume       everybody: held sends go out
+//!  Finish       cleaned        forgets the migration       forget the migration
+//! ```
+//!
+//! Before the record is on disk every failure undoes everything, and a destination that hears nothing asks. After it
+//! nothing is undone: each step is repeated until it succeeds or its deadline has passed.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`host`] | what is needed of the host and its container runtime |
+//! | [`plan`] | which QP is connected to which, and what that asks of everybody: pure |
+//! | [`source`] | the list of phases, and the one epilogue that undoes |
+//! | [`negotiate`] | whether it can be done, as the source sees it |
+//! | [`check`] | whether it can be done, as the destination sees it |
+//! | [`setup`] | new objects on the destination and second QPs at peers |
+//! | [`quiet`] | suspension, drain, freeze |
+//! | [`handover`] | dump, transfer, restore |
+//! | [`forward`] | commit and everything after it |
+//! | [`dest`] | the receiving side: one state machine per migration |
+//! | [`store`] | where an arriving image is put |
+//! | [`recover`] | what an agent does about migrations it finds when it starts |
+
+pub mod check;
+pub mod dest;
+pub mod elf;
+#[cfg(test)]
+pub mod fixture;
+pub mod forward;
+pub mod handover;
+pub mod host;
+pub mod negotiate;
+pub mod plan;
+pub mod quiet;
+pub mod recover;
+pub mod setup;
+pub mod source;
+pub mod store;
+pub mod world;
+
+use std::sync::{Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::agent::admin::Event;
+
+/// What an administrator asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    pub container: String,
+    /// Address of the destination's agent.
+    pub to: String,
+    /// Only say whether it could be done.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Make and connect the new objects before anything is suspended.
+    #[serde(default = "yes")]
+    pub pre_setup: bool,
+    /// Seconds until in-flight work must have completed; the agent's setting if absent.
+    #[serde(default)]
+    pub drain: Option<u64>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Is told what happens.
+pub trait Progress: Sync {
+    fn event(&self, event: Event);
+}
+
+/// The wish to stop, until it is too late.
+#[derive(Debug, Default)]
+pub struct Cancel(Mutex<Wish>);
+
+#[derive(Debug, Default)]
+enum Wish {
+    #[default]
+    None,
+    Stop(String),
+    /// Committed: wishes are void.
+    TooLate,
+}
+
+impl Cancel {
+    fn wish(&self) -> std::sync::MutexGuard<'_, Wish> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks to stop; without effect once sealed.
+    pub fn set(&self, why: &str) {
+        let mut wish = self.wish();
+        if matches!(*wish, Wish::None) {
+            *wish = Wish::Stop(why.into());
+        }
+    }
+
+    /// Why to stop, if somebody wants to.
+    pub fn why(&self) -> Option<String> {
+        match &*self.wish() {
+            Wish::Stop(why) => Some(why.clone()),
+            _ => None,
+        }
+    }
+
+    /// From now on nobody can stop it; or the reason to stop that came first.
+    pub fn seal(&self) -> Result<(), String> {
+        let mut wish = self.wish();
+        match &*wish {
+            Wish::Stop(why) => Err(why.clone()),
+            _ => {
+                *wish = Wish::TooLate;
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wish_to_stop_wins_or_comes_too_late_but_never_both() {
+        let early = Cancel::default();
+        early.set("a");
+        early.set("b");
+        assert_eq!(early.seal(), Err("a".into()));
+        let late = Cancel::default();
+        late.seal().unwrap();
+        late.set("a");
+        assert_eq!(late.why(), None);
+    }
+}

@@ -1,0 +1,255 @@
+//! Whether it can be done, as the source sees it: finds everybody who takes part, and holds them. Collects every
+//! reason against it, not only the first.
+
+use std::fs;
+use std::time::Duration;
+
+use rdma_virt::msg::{Reply, Request};
+use rdma_virt::saved::ProcessState;
+
+use super::source::{Run, Side, Stop};
+use crate::agent::procs::Process;
+use crate::agent::{LOCAL, facts};
+use crate::net::msg::{Answer, FarEnd, Offer, OfferedProcess, Order};
+
+impl Run<'_> {
+    pub(super) fn negotiate(&mut self) -> Result<(), Stop> {
+        let name = self.request.container.clone();
+        let mut reasons = Vec::new();
+        let container = self.world.host().container(&name).map_err(|e| Stop::Refused(vec![e.to_string()]))?;
+        let destination = self.world.destination(&self.request.to);
+        match &destination {
+            Ok(at) => (self.to, self.record.to) = (at.clone(), at.clone()),
+            Err(why) => reasons.push(why.clone()),
+        }
+        self.world.hold(self.id, &name).map_err(|by| {
+            let text = format!("container {name} takes part in {by} already");
+            Stop::Busy { by, text }
+        })?;
+        self.effects.held = true;
+        let paused = container.paused;
+        self.container = Some(container);
+        if paused && !self.request.dry_run {
+            self.wake_paused()?;
+        }
+        if paused && self.request.dry_run {
+            self.note("the container is paused: its processes cannot be asked, so only its surroundings were checked");
+        } else {
+            reasons.extend(self.look_at_processes()?);
+        }
+        reasons.extend(self.find_peers()?);
+        if destination.is_ok() {
+            reasons.extend(self.offer(paused)?);
+        }
+        if reasons.is_empty() { Ok(()) } else { Err(Stop::Refused(reasons)) }
+    }
+
+    /// A container that somebody paused first runs while it is asked and drained; it is frozen again before the dump.
+    fn wake_paused(&mut self) -> Result<(), Stop> {
+        self.write_record()?;
+        self.effects.cgroup = true;
+        self.world.host().thaw(self.container()?).map_err(|e| Stop::Failed(e.to_string()))
+    }
+
+    /// The record of a migration that has something to undo.
+    pub(super) fn write_record(&mut self) -> Result<(), Stop> {
+        self.record.peers = self.plan.peer_containers();
+        self.world.records().write(&self.record).map_err(|e| Stop::Failed(crate::agent::chain(&e)))?;
+        self.effects.recorded = true;
+        Ok(())
+    }
+
+    /// Asks every shim, and compares with what the kernel says.
+    fn look_at_processes(&mut self) -> Result<Vec<String>, Stop> {
+        let processes = self.list_processes()?;
+        let shims = self.world.shims(&self.request.container);
+        let mut reasons = speak_against(&processes, &shims.iter().map(|s| s.vpid.0).collect::<Vec<_>>());
+        self.pids = shims.iter().map(|s| (s.vpid, s.pid)).collect();
+        let asks: Vec<(Side, Request)> = shims.iter().map(|s| (Side::Own(s.vpid), Request::Report)).collect();
+        let mut states: Vec<ProcessState> = Vec::new();
+        for (side, reply) in self.ask_all(asks, self.answer_time()) {
+            match reply {
+                Ok(Reply::State(state)) => states.push(*state),
+                Ok(_) => reasons.push(format!("{side} answered report with something else")),
+                Err(stop) => reasons.push(stop.to_string()),
+            }
+        }
+        for state in &states {
+            reasons.extend(state.blockers.iter().map(|b| {
+                format!("{} (pid {}) uses {} on {}, which cannot be moved", state.comm, state.vpid.0, b.verb, b.object)
+            }));
+        }
+        self.states = states;
+        Ok(reasons)
+    }
+
+    pub(super) fn list_processes(&self) -> Result<Vec<Process>, Stop> {
+        let container = self.container()?;
+        self.world
+            .processes(container)
+            .map_err(|e| Stop::Failed(format!("cannot list the processes in {}: {e}", container.cgroup.display())))
+    }
+
+    /// Finds the far ends of all links not found yet, and has their hosts hold their containers.
+    pub(super) fn find_peers(&mut self) -> Result<Vec<String>, Stop> {
+        let unknown = self.plan.update(&self.states, super::forward::random_u32);
+        let mut by_agent: std::collections::BTreeMap<String, Vec<usize>> = Default::default();
+        for at in unknown {
+            by_agent.entry(self.world.agent_of(self.plan.links[at].remote.pgid)).or_default().push(at);
+        }
+        let ask = |(agent, at): &(String, Vec<usize>)| {
+            let links = at.iter().map(|i| self.plan.question(*i)).collect();
+            self.world.call(agent, self.id, Order::Find { links }, self.answer_time())
+        };
+        let mut reasons = Vec::new();
+        for ((agent, at), answer) in self.fan_out(by_agent.into_iter().collect(), ask) {
+            let ends = match answer {
+                Ok(Answer::Found(ends)) if ends.len() == at.len() => ends,
+                Ok(_) => return Err(super::source::confused(&agent, "find")),
+                Err(e) => {
+                    let to: Vec<String> = at.iter().map(|i| self.plan.links[*i].remote.vqpn.to_string()).collect();
+                    reasons.push(format!("far ends ({}): {}", to.join(", "), crate::agent::chain(&e)));
+                    continue;
+                }
+            };
+            for (i, end) in at.into_iter().zip(ends) {
+                match end {
+                    FarEnd::Shim(end) => self.plan.found(i, &agent, &end),
+                    FarEnd::Gone => {}
+                    FarEnd::Foreign(who) => {
+                        let remote = self.plan.links[i].remote;
+                        reasons.push(format!(
+                            "the far end of {} ({} at {}) belongs to {who}, which has no shim and cannot follow a move",
+                            self.plan.links[i].near_vqpn, remote.vqpn, remote.pgid
+                        ));
+                    }
+                }
+            }
+        }
+        self.claim_peers()?;
+        Ok(reasons)
+    }
+
+    fn claim_peers(&mut self) -> Result<(), Stop> {
+        let port = self.world.config().port();
+        let name = self.request.container.clone();
+        // A link of the container to itself that did not look like one: it is held already.
+        let wanted: Vec<(String, Vec<String>)> = self
+            .plan
+            .peer_containers()
+            .into_iter()
+            .map(|(agent, list)| {
+                let local = agent == LOCAL;
+                (agent, list.into_iter().filter(|c| !(local && *c == name)).collect::<Vec<_>>())
+            })
+            .filter(|(_, list)| !list.is_empty())
+            .collect();
+        for (agent, _) in &wanted {
+            self.effects.claimed.insert(agent.clone());
+        }
+        let claim = |(agent, containers): &(String, Vec<String>)| {
+            let order = Order::Claim { containers: containers.clone(), port };
+            self.world.call(agent, self.id, order, self.answer_time())
+        };
+        for (_, answer) in self.fan_out(wanted, claim) {
+            answer?;
+        }
+        Ok(())
+    }
+
+    fn offer(&mut self, paused: bool) -> Result<Vec<String>, Stop> {
+        let container = self.container()?.clone();
+        let criu = match self.world.host().criu() {
+            Ok(version) => version,
+            Err(e) => return Ok(vec![format!("CRIU on this host: {e}")]),
+        };
+        if !self.request.dry_run {
+            self.lease = self.world.lease(&container.id).map_err(Stop::Failed)?;
+        }
+        let offer = Offer {
+            container: container.id.clone(),
+            bundle: container.bundle.clone(),
+            from: self.world.config().name.clone(),
+            from_port: self.world.config().port(),
+            criu,
+            cpu_flags: facts::cpu_flags(),
+            processes: self.states.iter().map(offered).collect(),
+            image_bytes: resident(&self.list_processes()?),
+            paused,
+            lease: self.lease,
+            adopt: true,
+        };
+        let dry_run = self.request.dry_run;
+        self.effects.offered = !dry_run;
+        let order = Order::Offer { offer: Box::new(offer), dry_run };
+        match self.world.call(&self.to, self.id, order, Duration::from_secs(60)) {
+            Ok(Answer::Offered { problems }) => {
+                Ok(problems.into_iter().map(|p| format!("on the destination: {p}")).collect())
+            }
+            Ok(_) => Err(super::source::confused(&self.to, "offer")),
+            Err(e) => match Stop::from(e) {
+                Stop::Failed(why) => Ok(vec![why]),
+                busy => Err(busy),
+            },
+        }
+    }
+}
+
+/// What the kernel's view says against a move.
+pub(super) fn speak_against(processes: &[Process], shims: &[i32]) -> Vec<String> {
+    let mut reasons = Vec::new();
+    for p in processes {
+        if !p.descends {
+            reasons.push(format!(
+                "{p} was started by exec: it is not a child of the container's init and would be lost; end it first"
+            ));
+        }
+        if p.verbs && !shims.contains(&p.vpid.0) {
+            reasons.push(format!(
+                "{p} uses RDMA without the shim (static or musl program, or started before the agent's directory was \
+                 there) and cannot be moved"
+            ));
+        }
+        if p.cm {
+            reasons.push(format!("{p} holds an rdma_cm connection manager file, which cannot be moved"));
+        }
+    }
+    reasons
+}
+
+fn offered(state: &ProcessState) -> OfferedProcess {
+    OfferedProcess {
+        vpid: state.vpid,
+        comm: state.comm.clone(),
+        builds: state.builds.clone(),
+        devices: state
+            .contexts
+            .iter()
+            .map(|c| {
+                let kind = |port: u8, index: u8| {
+                    c.gids.iter().find(|g| g.port == port && g.index == u16::from(index)).map(|g| g.kind)
+                };
+                let used = c.qps.iter().filter(|q| q.remote.is_some());
+                let mut kinds: Vec<u32> = used.filter_map(|q| kind(q.attr.port_num, q.attr.sgid_index)).collect();
+                kinds.sort_unstable();
+                kinds.dedup();
+                (c.driver.clone(), kinds)
+            })
+            .collect(),
+    }
+}
+
+/// Bytes of memory the image will hold at most, as far as can be said without looking into pages.
+fn resident(processes: &[Process]) -> u64 {
+    let one = |p: &Process| {
+        let text = fs::read_to_string(format!("/proc/{}/status", p.pid)).unwrap_or_default();
+        let kib = |key: &str| {
+            text.lines()
+                .find_map(|l| l.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+                .unwrap_or(0)
+        };
+        (kib("RssAnon:") + kib("RssShmem:") + kib("VmSwap:")) * 1024
+    };
+    processes.iter().map(one).sum()
+}
+

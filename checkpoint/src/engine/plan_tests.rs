@@ -1,0 +1,119 @@
+//! Tests of the plan: who is told what.
+
+use super::*;
+use crate::engine::fixture::{DST, PEER, SRC, process, qp};
+
+fn psn() -> impl FnMut() -> u32 {
+    let mut n = 0;
+    move || {
+        n += 1;
+        n
+    }
+}
+
+fn key(vpid: i32, qp: u32) -> QpKey {
+    QpKey { vpid: Vpid(vpid), context: ObjId(1), qp: ObjId(qp) }
+}
+
+fn born(vpid: i32, qp: u32, vqpn: u32, pqpn: u32) -> BornQp {
+    BornQp { vpid: Vpid(vpid), context: ObjId(1), qp: ObjId(qp), vqpn: VQpn(vqpn), pqpn: PQpn(pqpn), pgid: PGid(DST) }
+}
+
+fn end(vqpn: u32, connected: bool) -> End {
+    End { container: "p".into(), vpid: Vpid(9), comm: "peer".into(), vqpn: VQpn(vqpn), connected }
+}
+
+/// One process with one QP connected to QP 30 of a peer; found.
+fn simple() -> (Plan, Vec<ProcessState>, PeerProcess) {
+    let states = vec![process(7, vec![qp(1, 17, Some(30)), qp(2, 18, None)])];
+    let mut plan = Plan::default();
+    assert_eq!(plan.update(&states, psn()), vec![0]);
+    plan.found(0, "peer:1", &end(30, true));
+    let peer = plan.peers().into_keys().next().unwrap();
+    (plan, states, peer)
+}
+
+#[test]
+fn both_ends_are_joined_with_each_others_numbers_and_psns() {
+    let (mut plan, _, peer) = simple();
+    assert_eq!(plan.prepares(), vec![(peer.clone(), Request::Prepare { qps: vec![VQpn(30)] })]);
+    assert!(plan.joins().is_err(), "no second QP yet");
+    assert!(plan.prepared(&peer, &[(VQpn(30), PQpn(55))]));
+    plan.born = vec![born(7, 1, 17, 40)];
+    let join = plan.joins().unwrap()[0];
+    assert_eq!((join.remote.pqpn, join.remote.pgid, join.remote.vqpn), (PQpn(55), PGid(PEER), VQpn(30)));
+    let connects = plan.connects();
+    let [(to, Request::Connect { links })] = &connects[..] else { panic!("{connects:?}") };
+    assert_eq!((to, links[0].remote_qpn, links[0].remote_gid), (&peer, PQpn(40), PGid(DST)));
+    assert_eq!((links[0].sq_psn, links[0].rq_psn), (join.rq_psn, join.sq_psn));
+}
+
+#[test]
+fn a_second_update_keeps_what_is_connected_and_reconnects_only_what_was_made_anew() {
+    let (mut plan, mut states, peer) = simple();
+    plan.prepared(&peer, &[(VQpn(30), PQpn(55))]);
+    plan.born = vec![born(7, 1, 17, 40)];
+    plan.connected(&peer);
+    assert!(plan.update(&states, psn()).is_empty());
+    assert!(plan.prepares().is_empty() && plan.connects().is_empty());
+    plan.born = vec![born(7, 1, 17, 41)];
+    assert_eq!(plan.connects().len(), 1, "the destination made the QP again");
+    states[0].contexts[0].qps.clear();
+    plan.update(&states, psn());
+    assert!(plan.links.is_empty());
+}
+
+#[test]
+fn a_link_inside_the_container_needs_no_peer() {
+    let mut a = qp(1, 17, Some(18));
+    let mut b = qp(1, 18, Some(17));
+    for q in [&mut a, &mut b] {
+        let r = q.remote.as_mut().unwrap();
+        (r.vgid, r.pgid) = (VGid(SRC), PGid(SRC));
+    }
+    let states = vec![process(7, vec![a]), process(8, vec![b])];
+    let mut plan = Plan::default();
+    assert!(plan.update(&states, psn()).is_empty());
+    plan.born = vec![born(7, 1, 17, 40), born(8, 1, 18, 41)];
+    let joins = plan.joins().unwrap();
+    assert_eq!((joins[0].remote.pqpn, joins[1].remote.pqpn), (PQpn(41), PQpn(40)));
+    assert_eq!((joins[0].sq_psn, joins[0].rq_psn), (joins[1].rq_psn, joins[1].sq_psn));
+    let keys = vec![(Vpid(7), KeyTable::default()), (Vpid(8), KeyTable::default())];
+    let switches = plan.switches(&keys);
+    assert!(switches.peers.is_empty());
+    let (to, Request::Switch { links, .. }) = &switches.inside[0] else { panic!() };
+    assert_eq!((*to, links[0].vqpn, links[0].table), (Vpid(7), VQpn(17), 1), "process 7 learns the keys of 8");
+}
+
+#[test]
+fn a_qp_connected_to_itself_expects_what_it_sends() {
+    let mut a = qp(1, 17, Some(17));
+    a.remote.as_mut().unwrap().pgid = PGid(SRC);
+    let mut plan = Plan::default();
+    assert!(plan.update(&[process(7, vec![a])], psn()).is_empty());
+    plan.born = vec![born(7, 1, 17, 40)];
+    let join = plan.joins().unwrap()[0];
+    assert_eq!((join.remote.pqpn, join.sq_psn), (PQpn(40), join.rq_psn));
+}
+
+#[test]
+fn a_far_end_that_is_gone_or_not_connected_yet_is_left_as_it_was() {
+    let states = vec![process(7, vec![qp(1, 17, Some(30))])];
+    let mut plan = Plan::default();
+    plan.update(&states, psn());
+    plan.found(0, "peer:1", &end(30, false));
+    assert!(plan.peers().is_empty());
+    plan.born = vec![born(7, 1, 17, 40)];
+    assert_eq!(plan.joins().unwrap()[0].remote, states[0].contexts[0].qps[0].remote.unwrap());
+}
+
+#[test]
+fn every_end_waits_for_what_the_other_has_sent() {
+    let (plan, _, peer) = simple();
+    let count = |vqpn, sent, received| Count { vqpn: VQpn(vqpn), sent, received };
+    let own = BTreeMap::from([(Vpid(7), vec![count(17, 5, 2), count(18, 0, 0)])]);
+    let far = BTreeMap::from([(peer.clone(), vec![count(30, 3, 4)])]);
+    let e = plan.expectations(&own, &far);
+    assert_eq!(e.near[&Vpid(7)], vec![(VQpn(17), 3), (VQpn(18), 0)]);
+    assert_eq!(e.far[&peer], vec![(VQpn(30), 5)]);
+}

@@ -1,0 +1,154 @@
+//! What an agent does about migrations it finds on disk when it starts: those that had not committed are undone, those
+//! that had are finished. And what it says when others ask for one's fate.
+
+use std::fs;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use rdma_virt::id::MigrationId;
+use rdma_virt::msg::Request;
+
+use super::forward::Forward;
+use super::source::Run;
+use super::world::World;
+use super::{Cancel, MigrateRequest, Progress};
+use crate::agent::admin::Event;
+use crate::agent::{Agent, LOCAL, chain, lock};
+use crate::net::msg::{Fate, Order};
+use crate::record::{Record, State};
+
+/// Answers [`Order::Fate`]. No record means that it never committed.
+pub fn fate(agent: &Agent, id: MigrationId) -> Fate {
+    let committed = match agent.records.read(id) {
+        Ok(record) => record.is_some_and(|r| matches!(r.state, State::Committed | State::Finished)),
+        Err(e) => {
+            // Neither yes nor no may be guessed.
+            eprintln!("{id}: {}", chain(&e));
+            return Fate::Undecided;
+        }
+    };
+    if committed {
+        Fate::Committed
+    } else if lock(&agent.running).contains_key(&id) {
+        Fate::Undecided
+    } else {
+        Fate::Aborted
+    }
+}
+
+/// Deals with everything that is neither finished nor aborted, in the background.
+pub fn run(agent: &Arc<Agent>) {
+    let (records, bad) = match agent.records.all() {
+        Ok(found) => found,
+        Err(e) => {
+            eprintln!("{}", chain(&e));
+            return;
+        }
+    };
+    for e in bad {
+        eprintln!("{}", chain(&e));
+    }
+    for record in records {
+        let work: fn(&Arc<Agent>, Record) = match record.state {
+            State::Started => undo,
+            State::Committed => finish,
+            State::Finished | State::Aborted => continue,
+        };
+        let agent = agent.clone();
+        let spawned = thread::Builder::new().name("recover".into()).spawn(move || work(&agent, record));
+        if let Err(e) = spawned {
+            eprintln!("no thread to deal with an old migration: {e}");
+        }
+    }
+}
+
+/// CRIU saw its socket close when the agent ended and let go of the tasks; they stand still in their cgroup.
+fn undo(agent: &Arc<Agent>, mut record: Record) {
+    let Some(id) = record.id() else { return };
+    eprintln!("{id} of container {} was not committed: undoing it", record.container);
+    let wait = Duration::from_secs(agent.config.deadlines.answer);
+    let told = |at: &str, order: Order| {
+        if let Err(e) = agent.call(at, Some(id), order, wait) {
+            eprintln!("{id}: {}", chain(&e));
+        }
+    };
+    if let Ok(container) = agent.host.container(&record.container) {
+        let report = |what: &str, e: &dyn std::fmt::Display| eprintln!("{id}: {what}: {e}");
+        match agent.host.wire(&container.bundle, Some(container.init)) {
+            Ok(Some(mut wire)) => {
+                if let Err(e) = wire.up() {
+                    report("the container's network", &e);
+                }
+            }
+            Ok(None) => {}
+            Err(e) => report("the container's network", &e),
+        }
+        if container.paused
+            && let Err(e) = agent.host.thaw(&container)
+        {
+            report("thawing the container", &e);
+        }
+        if let Err(e) = agent.doors.bump(&record.container) {
+            report("the container's directory", &e);
+        }
+        // Those that will come back have a few seconds for it; each is told as it comes.
+        let mut done = std::collections::BTreeSet::new();
+        for _ in 0..20 {
+            for shim in agent.shims.of(&record.container) {
+                if !done.contains(&shim.vpid) && shim.ask(Some(id), Request::Abort, wait).is_ok() {
+                    done.insert(shim.vpid);
+                }
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
+    }
+    if record.to != LOCAL {
+        told(&record.to, Order::Abandon);
+    }
+    for (at, _) in &record.peers {
+        told(at, Order::Release { committed: false });
+    }
+    let _ = fs::remove_dir_all(agent.config.state_dir.join("outgoing").join(id.to_string()));
+    (record.state, record.why) = (State::Aborted, Some("the agent was restarted before the decision".into()));
+    if let Err(e) = agent.records.write(&record) {
+        eprintln!("{}", chain(&e));
+    }
+}
+
+struct Log(MigrationId);
+
+impl Progress for Log {
+    fn event(&self, event: Event) {
+        if let Event::Note { text } = event {
+            eprintln!("{}: {text}", self.0);
+        }
+    }
+}
+
+/// The container belongs to the destination: tells everybody who may not have heard.
+fn finish(agent: &Arc<Agent>, record: Record) {
+    let Some(id) = record.id() else { return };
+    eprintln!("{id} of container {} was committed: finishing it", record.container);
+    let forward: Forward = match serde_json::from_value(record.plan.clone()) {
+        Ok(forward) => forward,
+        Err(e) => {
+            eprintln!("{id}: its record is damaged: {e}");
+            return;
+        }
+    };
+    let request = MigrateRequest {
+        container: record.container.clone(),
+        to: record.to.clone(),
+        dry_run: false,
+        pre_setup: true,
+        drain: None,
+    };
+    let (cancel, log) = (Cancel::default(), Log(id));
+    let world: &dyn World = &**agent;
+    let mut run = Run::new(world, id, &request, &cancel, &log);
+    run.go_on(record, forward.plan, forward.states, forward.lease);
+    if let Err(why) = run.forward_again() {
+        eprintln!("{id}: {why}; the next start of the agent tries again");
+    }
+}

@@ -1,0 +1,85 @@
+//! New objects on the destination, second QPs at peers, both connected. Runs before anything is suspended, and again
+//! once the container stands still, for what changed in between; the second time there is usually nothing to do.
+
+use super::plan::Plan;
+use super::source::{Run, Side, Stop, all_good, confused};
+use crate::net::msg::{Answer, Order};
+use rdma_virt::msg::{Reply, Request};
+use std::time::Duration;
+
+/// For making and connecting everything on the destination: thousands of QPs at a few milliseconds each.
+const OBJECTS: Duration = Duration::from_secs(120);
+
+impl Run<'_> {
+    /// Before suspension.
+    pub(super) fn set_up(&mut self) -> Result<(), Stop> {
+        if self.states.is_empty() {
+            return Ok(());
+        }
+        self.write_record()?;
+        self.prepare()?;
+        self.incubate()?;
+        self.join()
+    }
+
+    /// After the freeze: what was made, connected or destroyed meanwhile.
+    pub(super) fn converge(&mut self) -> Result<(), Stop> {
+        if self.states.is_empty() {
+            return Ok(());
+        }
+        let reasons = self.find_peers()?;
+        if !reasons.is_empty() {
+            return Err(Stop::Failed(reasons.join("; ")));
+        }
+        // Traffic on a connection made after the suspension was never waited for.
+        if let Some(loud) = self.plan.links.iter().find(|l| !l.quiet) {
+            return Err(Stop::Failed(format!(
+                "{} was connected while the container was being stopped; try again",
+                loud.near_vqpn
+            )));
+        }
+        self.set_up()
+    }
+
+    /// Peers make second QPs.
+    fn prepare(&mut self) -> Result<(), Stop> {
+        let asks: Vec<(Side, Request)> = self.plan.prepares().into_iter().map(|(p, r)| (Side::Peer(p), r)).collect();
+        for (side, reply) in all_good(self.ask_all(asks, self.answer_time()))? {
+            let (Side::Peer(peer), Reply::Prepared { qps }) = (&side, reply) else {
+                return Err(confused(&side, "prepare"));
+            };
+            if !self.plan.prepared(peer, &qps) {
+                return Err(Stop::Failed(format!("{peer} did not make every second QP it was asked for")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The destination makes its objects.
+    fn incubate(&mut self) -> Result<(), Stop> {
+        match self.ask_destination(Order::Incubate { states: self.states.clone() }, OBJECTS)? {
+            Answer::Incubated { qps } => {
+                self.plan.born = qps;
+                Ok(())
+            }
+            _ => Err(confused("the destination", "incubate")),
+        }
+    }
+
+    /// Both sides connect.
+    fn join(&mut self) -> Result<(), Stop> {
+        let links = self.plan.joins().map_err(Stop::Failed)?;
+        if !links.is_empty() {
+            match self.ask_destination(Order::Join { links }, OBJECTS)? {
+                Answer::Done => {}
+                _ => return Err(confused("the destination", "join")),
+            }
+        }
+        let asks: Vec<(Side, Request)> = self.plan.connects().into_iter().map(|(p, r)| (Side::Peer(p), r)).collect();
+        for (side, reply) in all_good(self.ask_all(asks, self.answer_time()))? {
+            let (Side::Peer(peer), Reply::Done) = (&side, reply) else { return Err(confused(&side, "connect")) };
+            Plan::connected(&mut self.plan, peer);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,209 @@
+//! Where the destination puts an image that arrives: a fresh directory, plain names, checked sums, all on disk before
+//! it is used.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::net::msg::{Order, PIECE};
+
+/// Room over the source's estimate that an image may take, bytes.
+const SLACK: u64 = 1 << 30;
+
+/// Files of one image; CRIU writes a few dozen per process.
+const MOST_FILES: u32 = 1 << 20;
+
+/// Something about an arriving image is wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("cannot write {}", .path.display())]
+    Write { path: PathBuf, source: std::io::Error },
+    #[error("{0:?} is no name for a file of an image")]
+    Name(String),
+    #[error("{0} out of turn")]
+    Turn(&'static str),
+    #[error("{name} is longer than announced ({len} bytes)")]
+    TooLong { name: String, len: u64 },
+    #[error("{name} is incomplete: {got} of {len} bytes")]
+    Short { name: String, got: u64, len: u64 },
+    #[error("{0} was altered on the way: its checksum differs")]
+    Sum(String),
+    #[error("the image is larger than {limit} bytes, far more than was announced")]
+    TooBig { limit: u64 },
+    #[error("{got} of {expected} files arrived")]
+    Files { got: u32, expected: u32 },
+}
+
+struct Open {
+    name: String,
+    file: File,
+    len: u64,
+    got: u64,
+    sum: crc32fast::Hasher,
+}
+
+/// One arriving image.
+pub struct Store {
+    dir: PathBuf,
+    open: Option<Open>,
+    files: u32,
+    left: u64,
+    limit: u64,
+}
+
+impl Store {
+    /// Makes `dir`, which must not exist.
+    pub fn make(dir: PathBuf, expected: u64) -> Result<Self, StoreError> {
+        let wrap = |path: &Path, source| StoreError::Write { path: path.into(), source };
+        let mut builder = fs::DirBuilder::new();
+        builder.mode(0o700);
+        if let Some(parent) = dir.parent() {
+            builder.recursive(true).create(parent).map_err(|e| wrap(parent, e))?;
+        }
+        builder.recursive(false);
+        for path in [dir.clone(), dir.join("images"), dir.join("work")] {
+            builder.create(&path).map_err(|e| wrap(&path, e))?;
+        }
+        let limit = expected.saturating_mul(2).saturating_add(SLACK);
+        Ok(Store { dir, open: None, files: 0, left: limit, limit })
+    }
+
+    pub fn images(&self) -> PathBuf {
+        self.dir.join("images")
+    }
+
+    pub fn work(&self) -> PathBuf {
+        self.dir.join("work")
+    }
+
+    /// One order about a file.
+    pub fn take(&mut self, order: Order) -> Result<(), StoreError> {
+        match order {
+            Order::FileStart { name, len, mode } => self.start(name, len, mode),
+            Order::FilePiece { bytes } => self.piece(&bytes),
+            Order::FileEnd { crc } => self.end(crc),
+            other => Err(StoreError::Turn(other.name())),
+        }
+    }
+
+    fn start(&mut self, name: String, len: u64, mode: u32) -> Result<(), StoreError> {
+        if self.open.is_some() || self.files >= MOST_FILES {
+            return Err(StoreError::Turn("the start of a file"));
+        }
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if name.is_empty() || name.len() > 200 || name.starts_with('.') || !name.chars().all(plain) {
+            return Err(StoreError::Name(name));
+        }
+        if len > self.left {
+            return Err(StoreError::TooBig { limit: self.limit });
+        }
+        let path = self.images().join(&name);
+        let file = OpenOptions::new().write(true).create_new(true).mode(mode & 0o700 | 0o600).open(&path);
+        let file = file.map_err(|source| StoreError::Write { path, source })?;
+        self.open = Some(Open { name, file, len, got: 0, sum: crc32fast::Hasher::new() });
+        Ok(())
+    }
+
+    fn piece(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = self.images();
+        let Some(open) = self.open.as_mut().filter(|_| bytes.len() <= PIECE) else {
+            return Err(StoreError::Turn("a piece of a file"));
+        };
+        open.got += bytes.len() as u64;
+        if open.got > open.len {
+            return Err(StoreError::TooLong { name: open.name.clone(), len: open.len });
+        }
+        open.sum.update(bytes);
+        open.file.write_all(bytes).map_err(|source| StoreError::Write { path: path.join(&open.name), source })
+    }
+
+    fn end(&mut self, crc: u32) -> Result<(), StoreError> {
+        let path = self.images();
+        let Some(open) = self.open.take() else { return Err(StoreError::Turn("the end of a file")) };
+        let Open { name, file, len, got, sum } = open;
+        if got != len {
+            return Err(StoreError::Short { name, got, len });
+        }
+        if sum.finalize() != crc {
+            return Err(StoreError::Sum(name));
+        }
+        file.sync_all().map_err(|source| StoreError::Write { path: path.join(name), source })?;
+        self.left -= len;
+        self.files += 1;
+        Ok(())
+    }
+
+    /// Whether that many files arrived, each complete.
+    pub fn is_complete(&self, expected: u32) -> Result<(), StoreError> {
+        if self.open.is_some() || self.files != expected {
+            return Err(StoreError::Files { got: self.files, expected });
+        }
+        let images = self.images();
+        let flushed = File::open(&images).and_then(|d| d.sync_all());
+        flushed.map_err(|source| StoreError::Write { path: images, source })
+    }
+
+    /// Removes everything.
+    pub fn remove(self) -> Result<(), StoreError> {
+        fs::remove_dir_all(&self.dir).map_err(|source| StoreError::Write { path: self.dir, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store(dir: &tempfile::TempDir) -> Store {
+        Store::make(dir.path().join("in/x"), 0).unwrap()
+    }
+
+    fn start(name: &str, len: u64) -> Order {
+        Order::FileStart { name: name.into(), len, mode: 0o644 }
+    }
+
+    #[test]
+    fn a_whole_file_arrives_and_an_altered_one_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut s = store(&dir);
+        for (name, crc) in [("a.img", crc32fast::hash(b"hello")), ("b.img", 7)] {
+            s.take(start(name, 5)).unwrap();
+            s.take(Order::FilePiece { bytes: b"he".to_vec() }).unwrap();
+            s.take(Order::FilePiece { bytes: b"llo".to_vec() }).unwrap();
+            let end = s.take(Order::FileEnd { crc });
+            assert_eq!(end.is_ok(), name == "a.img", "{end:?}");
+        }
+        s.is_complete(1).unwrap();
+        assert!(matches!(s.is_complete(2), Err(StoreError::Files { got: 1, expected: 2 })));
+        assert_eq!(fs::read(s.images().join("a.img")).unwrap(), b"hello");
+        s.remove().unwrap();
+        assert!(!dir.path().join("in/x").exists());
+    }
+
+    #[test]
+    fn no_name_leads_out_of_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut s = store(&dir);
+        for name in ["../a", "a/b", "..", ".", "", "/etc/passwd", ".hidden", "a\0b", "ü"] {
+            assert!(matches!(s.take(start(name, 1)), Err(StoreError::Name(_))), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn more_bytes_than_announced_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut s = store(&dir);
+        assert!(matches!(s.take(start("a", u64::MAX)), Err(StoreError::TooBig { .. })));
+        s.take(start("a", 1)).unwrap();
+        assert!(matches!(s.take(Order::FilePiece { bytes: vec![0; 2] }), Err(StoreError::TooLong { .. })));
+        assert!(s.take(start("b", 1)).is_err(), "the first is still open");
+    }
+
+    #[test]
+    fn a_directory_that_exists_is_not_reused() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = store(&dir);
+        assert!(Store::make(dir.path().join("in/x"), 0).is_err());
+        first.remove().unwrap();
+    }
+}

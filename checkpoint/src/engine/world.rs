@@ -1,0 +1,143 @@
+//! What the source side of the engine sees of its surroundings: the agent it runs in, or a test's scripted world.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdma_virt::id::{MigrationId, PGid, Vpid};
+use rdma_virt::msg::{Reply, Request};
+
+use super::host::{Container, Host};
+use crate::agent::config::Config;
+use crate::agent::procs::{self, Process};
+use crate::agent::shims::ShimError;
+use crate::agent::{Agent, facts, lock};
+use crate::net::client::CallError;
+use crate::net::msg::{Answer, Lease, MovedProcess, Order};
+use crate::record::Records;
+
+/// A shim of the moving container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnShim {
+    pub vpid: Vpid,
+    pub comm: String,
+    /// In the agent's pid namespace.
+    pub pid: i32,
+}
+
+/// Everything the source needs; no method may wait longer than its deadline.
+pub trait World: Sync {
+    fn host(&self) -> Arc<dyn Host>;
+    fn records(&self) -> &Records;
+    fn config(&self) -> &Config;
+    /// A destination's address in its one form; an error in a sentence if it is none, or this very host.
+    fn destination(&self, to: &str) -> Result<String, String>;
+    fn call(&self, at: &str, migration: MigrationId, order: Order, deadline: Duration) -> Result<Answer, CallError>;
+    fn agent_of(&self, gid: PGid) -> String;
+    fn shims(&self, container: &str) -> Vec<OwnShim>;
+    fn shim(
+        &self,
+        container: &str,
+        vpid: Vpid,
+        migration: Option<MigrationId>,
+        request: Request,
+        deadline: Duration,
+    ) -> Result<Reply, ShimError>;
+    /// Waits until these are connected; those that are not.
+    fn reconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> Result<(), Vec<Vpid>>;
+    /// Changes the epoch its shims watch.
+    fn bump(&self, container: &str) -> io::Result<()>;
+    fn processes(&self, container: &Container) -> io::Result<Vec<Process>>;
+    /// Holds the container for this migration; the one that has it already.
+    fn hold(&self, migration: MigrationId, container: &str) -> Result<(), MigrationId>;
+    fn let_go(&self, migration: MigrationId);
+    /// Numbers the container's later QPs come from.
+    fn lease(&self, container: &str) -> Result<Lease, String>;
+    /// The container left: remember where it went.
+    fn left(&self, container: &str, news: &[MovedProcess]) -> Result<(), String>;
+}
+
+impl World for Agent {
+    fn host(&self) -> Arc<dyn Host> {
+        self.host.clone()
+    }
+
+    fn records(&self) -> &Records {
+        &self.records
+    }
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn destination(&self, to: &str) -> Result<String, String> {
+        if let Some(why) = self.no_network() {
+            return Err(format!("this host has no certificates: {why}"));
+        }
+        let at = self.client.normalise(to).map_err(|e| crate::agent::chain(&e))?;
+        let addresses = std::net::ToSocketAddrs::to_socket_addrs(at.as_str())
+            .map_err(|e| format!("{to:?} is no host this one can find: {e}"))?;
+        let port = self.config.port();
+        if addresses.into_iter().any(|a| a.port() == port && facts::is_own_address(a.ip())) {
+            return Err(format!("{to} is this very host"));
+        }
+        let mut met = lock(&self.met);
+        if !met.contains(&at) {
+            met.push(at.clone());
+        }
+        Ok(at)
+    }
+
+    fn call(&self, at: &str, migration: MigrationId, order: Order, deadline: Duration) -> Result<Answer, CallError> {
+        Agent::call(self, at, Some(migration), order, deadline)
+    }
+
+    fn agent_of(&self, gid: PGid) -> String {
+        Agent::agent_of(self, gid)
+    }
+
+    fn shims(&self, container: &str) -> Vec<OwnShim> {
+        let shims = self.shims.of(container);
+        shims.iter().map(|s| OwnShim { vpid: s.vpid, comm: s.comm.clone(), pid: s.pid }).collect()
+    }
+
+    fn shim(
+        &self,
+        container: &str,
+        vpid: Vpid,
+        migration: Option<MigrationId>,
+        request: Request,
+        deadline: Duration,
+    ) -> Result<Reply, ShimError> {
+        self.shims.get(container, vpid)?.ask(migration, request, deadline)
+    }
+
+    fn reconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> Result<(), Vec<Vpid>> {
+        self.shims.wait_for(container, vpids, deadline).map(drop)
+    }
+
+    fn bump(&self, container: &str) -> io::Result<()> {
+        self.doors.bump(container)
+    }
+
+    fn processes(&self, container: &Container) -> io::Result<Vec<Process>> {
+        procs::of_cgroup(&container.cgroup, container.init)
+    }
+
+    fn hold(&self, migration: MigrationId, container: &str) -> Result<(), MigrationId> {
+        self.hold_container(migration, container)
+    }
+
+    fn let_go(&self, migration: MigrationId) {
+        self.let_go_of(migration);
+    }
+
+    fn lease(&self, container: &str) -> Result<Lease, String> {
+        self.moved.lease(container).map_err(|e| crate::agent::chain(&e))
+    }
+
+    fn left(&self, container: &str, news: &[MovedProcess]) -> Result<(), String> {
+        self.moved.forget_guest(container);
+        self.moved.learn(news).map_err(|e| crate::agent::chain(&e))
+    }
+}
