@@ -93,9 +93,9 @@ mod tests {
 
     #[test]
     fn single_dash_long_options_are_understood() {
-        let Verb::Restore(args) = parse(
-            "migrrdma --root /r restore --image-path I --detach -no-subreaper --bundle B x",
-        ) else {
+        let Verb::Restore(args) =
+            parse("migrrdma --root /r restore --image-path I --detach -no-subreaper --bundle B x")
+        else {
             panic!()
         };
         assert!(args.no_subreaper && args.detach);
@@ -104,8 +104,7 @@ mod tests {
 
     #[test]
     fn a_flag_may_come_twice() {
-        let Verb::Checkpoint(args) =
-            parse("migrrdma checkpoint --leave-running --tcp-established --leave-running x")
+        let Verb::Checkpoint(args) = parse("migrrdma checkpoint --leave-running --tcp-established --leave-running x")
         else {
             panic!()
         };
@@ -114,22 +113,15 @@ mod tests {
 
     #[test]
     fn go_booleans_are_understood() {
-        let Verb::Kill(args) = parse("migrrdma kill --all=true x 9") else {
-            panic!()
-        };
+        let Verb::Kill(args) = parse("migrrdma kill --all=true x 9") else { panic!() };
         assert!(args.all);
-        let Verb::Delete(args) = parse("migrrdma delete --force=false x") else {
-            panic!()
-        };
+        let Verb::Delete(args) = parse("migrrdma delete --force=false x") else { panic!() };
         assert!(!args.force);
     }
 
     #[test]
     fn a_commands_own_arguments_are_left_alone() {
-        let Verb::Exec(args) = parse("migrrdma exec -env A=1 --tty x ls -env --detach=true -l")
-        else {
-            panic!()
-        };
+        let Verb::Exec(args) = parse("migrrdma exec -env A=1 --tty x ls -env --detach=true -l") else { panic!() };
         assert_eq!(args.env, ["A=1"]);
         assert_eq!(args.command, ["ls", "-env", "--detach=true", "-l"]);
         assert!(!args.detach);
@@ -137,9 +129,7 @@ mod tests {
 
     #[test]
     fn a_value_that_looks_like_an_option_is_a_value() {
-        let Verb::Update(args) = parse("migrrdma update --memory -1 --pids-limit -1 x") else {
-            panic!()
-        };
+        let Verb::Update(args) = parse("migrrdma update --memory -1 --pids-limit -1 x") else { panic!() };
         assert_eq!(args.memory, Some(-1));
     }
 

@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use libcgroups::common::{
-    AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, FreezerState,
-};
+use libcgroups::common::{AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, FreezerState};
 use libcontainer::oci_spec::runtime::{LinuxResources, Spec};
 use libcontainer::utils::get_cgroup_path;
 use nix::sys::signal::Signal;
@@ -30,16 +28,9 @@ pub struct Cgroup {
 impl Cgroup {
     /// The cgroup of an existing container.
     pub fn of(handle: &ContainerHandle) -> Result<Self> {
-        let spec = handle
-            .container
-            .spec()
-            .with_context(|| format!("cannot read the cgroup of container {}", handle.id()))?;
-        Self::open(
-            spec.cgroup_path,
-            handle.container.systemd(),
-            handle.id(),
-            &handle.sidecar.cgroup,
-        )
+        let spec =
+            handle.container.spec().with_context(|| format!("cannot read the cgroup of container {}", handle.id()))?;
+        Self::open(spec.cgroup_path, handle.container.systemd(), handle.id(), &handle.sidecar.cgroup)
     }
 
     /// The cgroup a container with this specification will have.
@@ -76,27 +67,18 @@ impl Cgroup {
     /// Applies limits.
     pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
         self.manager
-            .apply(&ControllerOpt {
-                resources,
-                disable_oom_killer: false,
-                oom_score_adj: None,
-                freezer_state: None,
-            })
+            .apply(&ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None })
             .context("cannot set the container's resource limits")
     }
 
     /// Freezes all processes and waits until they stand still.
     pub fn freeze(&self) -> Result<()> {
-        self.manager
-            .freeze(FreezerState::Frozen)
-            .context("cannot freeze the container")
+        self.manager.freeze(FreezerState::Frozen).context("cannot freeze the container")
     }
 
     /// Lets the processes run again.
     pub fn thaw(&self) -> Result<()> {
-        self.manager
-            .freeze(FreezerState::Thawed)
-            .context("cannot thaw the container")
+        self.manager.freeze(FreezerState::Thawed).context("cannot thaw the container")
     }
 
     /// Whether somebody asked for the freeze (as opposed to an ancestor's).
@@ -115,10 +97,7 @@ impl Cgroup {
             pids.sort_unstable();
             return Ok(pids);
         }
-        let pids = self
-            .manager
-            .get_all_pids()
-            .context("cannot list the container's processes")?;
+        let pids = self.manager.get_all_pids().context("cannot list the container's processes")?;
         Ok(pids.into_iter().map(|pid| pid.as_raw()).collect())
     }
 
@@ -128,8 +107,7 @@ impl Cgroup {
             if let Some(path) = &self.unified {
                 let kill = path.join("cgroup.kill");
                 if kill.exists() {
-                    return fs::write(&kill, "1")
-                        .with_context(|| format!("cannot write {}", kill.display()));
+                    return fs::write(&kill, "1").with_context(|| format!("cannot write {}", kill.display()));
                 }
             }
         }
@@ -161,9 +139,7 @@ impl Cgroup {
 
     /// Removes the cgroup and what is left below it.
     pub fn remove(&self) -> Result<()> {
-        self.manager
-            .remove()
-            .context("cannot remove the container's cgroup")
+        self.manager.remove().context("cannot remove the container's cgroup")
     }
 }
 

@@ -7,12 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// OCI runtime that can move RDMA containers between hosts.
 #[derive(Debug, Parser)]
-#[command(
-    name = "migrrdma",
-    disable_version_flag = true,
-    args_override_self = true,
-    subcommand_required = false
-)]
+#[command(name = "migrrdma", disable_version_flag = true, args_override_self = true, subcommand_required = false)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,

@@ -163,8 +163,7 @@ fn make_dir(path: &Path) -> Result<()> {
 }
 
 fn open_dir(path: &Path, what: &str) -> Result<File> {
-    let dir = File::open(path)
-        .with_context(|| format!("cannot open the {what} directory {}", path.display()))?;
+    let dir = File::open(path).with_context(|| format!("cannot open the {what} directory {}", path.display()))?;
     if !dir.metadata()?.is_dir() {
         bail!("the {what} path {} is no directory", path.display());
     }
@@ -172,10 +171,7 @@ fn open_dir(path: &Path, what: &str) -> Result<File> {
 }
 
 fn config_file(spec: &Spec) -> Option<String> {
-    let annotation = spec
-        .annotations()
-        .as_ref()
-        .and_then(|all| all.get(CONFIG_ANNOTATION));
+    let annotation = spec.annotations().as_ref().and_then(|all| all.get(CONFIG_ANNOTATION));
     match annotation {
         Some(path) if path.is_empty() => None,
         Some(path) => Some(path.clone()),
@@ -197,13 +193,11 @@ pub fn external_mounts(spec: &Spec, root: &Path) -> Result<Vec<ExternalMount>> {
     let mut all = Vec::new();
     for mount in spec.mounts().iter().flatten().filter(|m| is_external(m)) {
         let inside = rootfs::resolve_inside(root, mount.destination())?;
-        let source = mount.source().clone().with_context(|| {
-            format!("the bind mount at {} has no source", mount.destination().display())
-        })?;
-        all.push(ExternalMount {
-            destination: format!("/{}", inside.display()),
-            source,
-        });
+        let source = mount
+            .source()
+            .clone()
+            .with_context(|| format!("the bind mount at {} has no source", mount.destination().display()))?;
+        all.push(ExternalMount { destination: format!("/{}", inside.display()), source });
     }
     Ok(all)
 }
@@ -233,15 +227,12 @@ pub fn namespace_path(spec: &Spec, kind: LinuxNamespaceType) -> Option<PathBuf> 
 }
 
 /// CRIU's name and our key of namespaces that can be external.
-pub const EXTERNAL_NAMESPACES: [(LinuxNamespaceType, &str, &str); 2] = [
-    (LinuxNamespaceType::Network, "net", "extRootNetNS"),
-    (LinuxNamespaceType::Pid, "pid", "extRootPidNS"),
-];
+pub const EXTERNAL_NAMESPACES: [(LinuxNamespaceType, &str, &str); 2] =
+    [(LinuxNamespaceType::Network, "net", "extRootNetNS"), (LinuxNamespaceType::Pid, "pid", "extRootPidNS")];
 
 /// Inode number of a namespace file.
 pub fn inode(path: &Path) -> Result<u64> {
-    let meta = fs::metadata(path)
-        .with_context(|| format!("cannot open the namespace {}", path.display()))?;
+    let meta = fs::metadata(path).with_context(|| format!("cannot open the namespace {}", path.display()))?;
     Ok(meta.ino())
 }
 
@@ -261,20 +252,12 @@ mod tests {
             .options(vec!["rbind".to_owned()])
             .build()
             .unwrap();
-        let tmpfs = MountBuilder::default()
-            .destination("/tmp")
-            .typ("tmpfs")
-            .source("tmpfs")
-            .build()
-            .unwrap();
+        let tmpfs = MountBuilder::default().destination("/tmp").typ("tmpfs").source("tmpfs").build().unwrap();
         let mut spec = Spec::default();
         spec.set_mounts(Some(vec![bind, tmpfs]));
         assert_eq!(
             external_mounts(&spec, root.path()).unwrap(),
-            [ExternalMount {
-                destination: "/run/data".into(),
-                source: "/srv/data".into()
-            }]
+            [ExternalMount { destination: "/run/data".into(), source: "/srv/data".into() }]
         );
     }
 }

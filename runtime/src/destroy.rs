@@ -21,10 +21,7 @@ pub fn delete(handle: ContainerHandle, force: bool) -> Result<()> {
         ContainerStatus::Stopped => {}
         ContainerStatus::Created => kill(&handle)?,
         _ if force => kill(&handle)?,
-        other => bail!(
-            "cannot delete container {} that is not stopped: {other}; stop it or use --force",
-            handle.id()
-        ),
+        other => bail!("cannot delete container {} that is not stopped: {other}; stop it or use --force", handle.id()),
     }
     remove(handle)
 }

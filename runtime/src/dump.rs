@@ -100,11 +100,7 @@ impl ImageFacts {
 }
 
 /// Dumps `handle`'s container. On `Err` it is as it was: running, or paused.
-pub fn dump(
-    handle: ContainerHandle,
-    options: &DumpOptions,
-    gate: &mut dyn Gate,
-) -> Result<DumpReport> {
+pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate) -> Result<DumpReport> {
     let status = handle.status();
     let was_paused = match status {
         ContainerStatus::Running => false,
@@ -119,9 +115,7 @@ pub fn dump(
     if version < OLDEST {
         bail!("CRIU {version} is too old, {OLDEST} or newer is needed");
     }
-    if (options.pre_dump || options.parent_path.is_some())
-        && !common.driver(false, LOG).features()?.mem_track
-    {
+    if (options.pre_dump || options.parent_path.is_some()) && !common.driver(false, LOG).features()?.mem_track {
         bail!("this kernel or CRIU cannot track memory changes; checkpoint without --pre-dump and --parent-path");
     }
     let spec = handle.spec()?;
@@ -130,11 +124,8 @@ pub fn dump(
     let keys = stdio::keys(pid);
     if !options.pre_dump {
         stdio::write(&common.image_path, &keys)?;
-        let facts = ImageFacts {
-            version: FACTS_VERSION,
-            id: handle.id().to_owned(),
-            shim: handle.sidecar.shim.clone(),
-        };
+        let facts =
+            ImageFacts { version: FACTS_VERSION, id: handle.id().to_owned(), shim: handle.sidecar.shim.clone() };
         store::write_json(&common.image_path.join(FACTS), &facts)?;
     }
     run(&handle, opts, options, gate)?;
@@ -155,12 +146,7 @@ fn handle_after(handle: ContainerHandle, was_paused: bool) -> Result<()> {
     Ok(())
 }
 
-fn run(
-    handle: &ContainerHandle,
-    opts: Criu_opts,
-    options: &DumpOptions,
-    gate: &mut dyn Gate,
-) -> Result<()> {
+fn run(handle: &ContainerHandle, opts: Criu_opts, options: &DumpOptions, gate: &mut dyn Gate) -> Result<()> {
     let mut refusal = None;
     let mut status_fd = options.status_fd;
     let mut notify = |told: Notify| -> Verdict {
@@ -227,8 +213,7 @@ fn request(
         opts.ps = Some(server).into();
     }
     for mount in criu_plan::external_mounts(spec, root)? {
-        opts.ext_mnt
-            .push(criu_plan::mount_entry(&mount.destination, &mount.destination));
+        opts.ext_mnt.push(criu_plan::mount_entry(&mount.destination, &mount.destination));
     }
     for path in masked_files(spec, pid) {
         opts.ext_mnt.push(criu_plan::mount_entry(&path, MASK));
@@ -310,11 +295,7 @@ mod tests {
     fn facts_of_a_newer_version_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(ImageFacts::read(dir.path()).unwrap(), None);
-        fs::write(
-            dir.path().join(FACTS),
-            r#"{"version":2,"id":"x","shim":null,"later":1}"#,
-        )
-        .unwrap();
+        fs::write(dir.path().join(FACTS), r#"{"version":2,"id":"x","shim":null,"later":1}"#).unwrap();
         let err = ImageFacts::read(dir.path()).unwrap_err();
         assert!(err.to_string().contains("newer migrrdma"));
     }

@@ -10,9 +10,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
-};
+use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
 use nix::sys::termios::{self, SetArg, Termios};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -24,12 +22,7 @@ nix::ioctl_write_ptr_bad!(set_window, libc::TIOCSWINSZ, libc::winsize);
 
 /// A pair of sockets over which a container's init hands its terminal to us.
 pub fn console_pair() -> Result<(OwnedFd, OwnedFd)> {
-    Ok(socketpair(
-        AddressFamily::Unix,
-        SockType::Stream,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )?)
+    Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
 /// Takes the terminal's master side out of the socket.
@@ -38,12 +31,7 @@ pub fn receive_console(socket: &OwnedFd) -> Result<OwnedFd> {
     let mut buf = [0u8; 4096];
     let mut space = nix::cmsg_space!([i32; 1]);
     let mut iov = [std::io::IoSliceMut::new(&mut buf)];
-    let message = recvmsg::<()>(
-        socket.as_raw_fd(),
-        &mut iov,
-        Some(&mut space),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     for cmsg in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = cmsg {
             if let Some(fd) = fds.first() {
@@ -59,21 +47,11 @@ pub fn receive_console(socket: &OwnedFd) -> Result<OwnedFd> {
 pub fn block_signals() -> Result<SignalFd> {
     let mut set = SigSet::all();
     // Faults are ours alone.
-    for own in [
-        Signal::SIGSEGV,
-        Signal::SIGBUS,
-        Signal::SIGILL,
-        Signal::SIGFPE,
-        Signal::SIGABRT,
-        Signal::SIGTRAP,
-    ] {
+    for own in [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGILL, Signal::SIGFPE, Signal::SIGABRT, Signal::SIGTRAP] {
         set.remove(own);
     }
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None)?;
-    Ok(SignalFd::with_flags(
-        &set,
-        SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
-    )?)
+    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
 }
 
 /// Waits for `pid` (a child), handing signals on, and returns the exit status
@@ -110,11 +88,7 @@ fn pump(pid: i32, signals: &SignalFd, console: Option<&OwnedFd>) -> Result<i32> 
             Ok(_) | Err(Errno::EINTR) => {}
             Err(err) => return Err(err).context("waiting for the container"),
         }
-        let ready = |n: usize, fds: &[PollFd]| {
-            fds.get(n)
-                .and_then(PollFd::revents)
-                .is_some_and(|r| !r.is_empty())
-        };
+        let ready = |n: usize, fds: &[PollFd]| fds.get(n).and_then(PollFd::revents).is_some_and(|r| !r.is_empty());
         let (from_container, from_user) = (ready(1, &fds), ready(2, &fds));
         drop(fds);
         if let (Some(master), true) = (console, from_container) {
@@ -197,12 +171,7 @@ fn copy_window(master: &OwnedFd) {
     if !stdin.is_terminal() {
         return;
     }
-    let mut size = libc::winsize {
-        ws_row: 0,
-        ws_col: 0,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: both calls get a live descriptor and a whole winsize.
     unsafe {
         if get_window(stdin.as_raw_fd(), &mut size).is_ok() {

@@ -92,8 +92,7 @@ fn has_rdma_device(spec: &Spec) -> bool {
         || mounts.is_some_and(|all| {
             all.iter().any(|mount| {
                 let source = mount.source().as_deref();
-                rdma(mount.destination())
-                    || source.is_some_and(|source| rdma(source) || source == Path::new("/dev"))
+                rdma(mount.destination()) || source.is_some_and(|source| rdma(source) || source == Path::new("/dev"))
             })
         })
 }
@@ -101,20 +100,13 @@ fn has_rdma_device(spec: &Spec) -> bool {
 /// Rewrites `spec` for container `id` and makes what it then refers to.
 /// `shim` names a kept copy by its hash, as an image asks for; without it the
 /// installed one is used. Returns the hash. Safe to repeat.
-pub fn inject(
-    spec: &mut Spec,
-    id: &str,
-    rootfs: &Path,
-    shim: Option<&str>,
-    host: &HostPaths,
-) -> Result<String> {
+pub fn inject(spec: &mut Spec, id: &str, rootfs: &Path, shim: Option<&str>, host: &HostPaths) -> Result<String> {
     let (hash, library) = match shim {
         Some(hash) => (hash.to_owned(), kept(hash, host)?),
         None => keep(host)?,
     };
     let agent_dir = host.agent_dir(id);
-    fs::create_dir_all(&agent_dir)
-        .with_context(|| format!("cannot make {}", agent_dir.display()))?;
+    fs::create_dir_all(&agent_dir).with_context(|| format!("cannot make {}", agent_dir.display()))?;
     let preload = host.preload(id);
     store::write_atomically(&preload, merged_preload(rootfs)?.as_bytes())?;
 
@@ -129,12 +121,7 @@ pub fn inject(
 fn bind(source: &Path, destination: &str, options: &[&str]) -> Result<Mount> {
     let mut all: Vec<String> = ["bind", "nosuid", "nodev", "private"].map(String::from).to_vec();
     all.extend(options.iter().map(|option| (*option).to_owned()));
-    Ok(MountBuilder::default()
-        .typ("bind")
-        .source(source)
-        .destination(destination)
-        .options(all)
-        .build()?)
+    Ok(MountBuilder::default().typ("bind").source(source).destination(destination).options(all).build()?)
 }
 
 /// Keeps the installed shim under its content's name.
@@ -153,10 +140,7 @@ fn keep(host: &HostPaths) -> Result<(String, PathBuf)> {
     }
     fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     store::write_atomically(&library, &bytes)?;
-    fs::set_permissions(
-        &library,
-        std::os::unix::fs::PermissionsExt::from_mode(0o555),
-    )?;
+    fs::set_permissions(&library, std::os::unix::fs::PermissionsExt::from_mode(0o555))?;
     Ok((hash, library))
 }
 
@@ -172,10 +156,7 @@ fn kept(hash: &str, host: &HostPaths) -> Result<PathBuf> {
             return Ok(library);
         }
     }
-    bail!(
-        "the container uses shim {hash}, which this host does not have; copy {} from the source",
-        library.display()
-    )
+    bail!("the container uses shim {hash}, which this host does not have; copy {} from the source", library.display())
 }
 
 /// The image's own preload list with the shim in front.
@@ -239,9 +220,7 @@ mod tests {
             .build()
             .unwrap();
         let mut spec = Spec::default();
-        spec.set_linux(Some(
-            LinuxBuilder::default().devices(vec![device]).build().unwrap(),
-        ));
+        spec.set_linux(Some(LinuxBuilder::default().devices(vec![device]).build().unwrap()));
         spec
     }
 

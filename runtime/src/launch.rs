@@ -64,33 +64,20 @@ pub struct Prepared {
 /// certain shim, as an image does.
 pub fn prepare(bundle: &Path, id: &str, systemd: bool, shim: Option<&str>) -> Result<Prepared> {
     store::validate_id(id)?;
-    let bundle = fs::canonicalize(bundle)
-        .with_context(|| format!("cannot open the bundle {}", bundle.display()))?;
+    let bundle = fs::canonicalize(bundle).with_context(|| format!("cannot open the bundle {}", bundle.display()))?;
     let mut spec = store::load_spec_file(&bundle.join("config.json"))?;
     validate(&spec).context("config.json")?;
-    spec.canonicalize_rootfs(&bundle)
-        .context("config.json: root.path")?;
+    spec.canonicalize_rootfs(&bundle).context("config.json: root.path")?;
     drop_false_no_new_privileges(&mut spec);
     let root = spec.root().as_ref().context("config.json lacks root")?;
     let rootfs = fs::canonicalize(root.path())
         .with_context(|| format!("cannot open the root file system {}", root.path().display()))?;
     default_cgroup_path(&mut spec, id, systemd);
     let shim = match inject::wanted(&spec)? {
-        true => Some(inject::inject(
-            &mut spec,
-            id,
-            &rootfs,
-            shim,
-            &HostPaths::default(),
-        )?),
+        true => Some(inject::inject(&mut spec, id, &rootfs, shim, &HostPaths::default())?),
         false => None,
     };
-    Ok(Prepared {
-        spec,
-        bundle,
-        rootfs,
-        shim,
-    })
+    Ok(Prepared { spec, bundle, rootfs, shim })
 }
 
 fn validate(spec: &Spec) -> Result<()> {
@@ -101,10 +88,7 @@ fn validate(spec: &Spec) -> Result<()> {
     }
     utils::validate_spec_for_new_user_ns(spec, &*syscall)?;
     utils::validate_spec_for_net_devices(spec, &*syscall)?;
-    for (what, missing) in [
-        ("process", spec.process().is_none()),
-        ("linux", spec.linux().is_none()),
-    ] {
+    for (what, missing) in [("process", spec.process().is_none()), ("linux", spec.linux().is_none())] {
         if missing {
             bail!("{what} is missing");
         }
@@ -133,7 +117,7 @@ fn default_cgroup_path(spec: &mut Spec, id: &str, systemd: bool) {
     }
     let path = match systemd {
         true => format!(":migrrdma:{id}"),
-        false => format!("/migrrdma/{id}"),
+        false => format!("/migrrdma-{id}"),
     };
     let mut linux = linux;
     linux.set_cgroups_path(Some(path.into()));
@@ -154,21 +138,13 @@ pub fn make_state_dir(root: &Path, id: &str) -> Result<PathBuf> {
 }
 
 /// A container's state before its process exists, saved.
-pub fn new_handle(
-    dir: &Path,
-    id: &str,
-    prepared: &Prepared,
-    systemd: bool,
-) -> Result<ContainerHandle> {
+pub fn new_handle(dir: &Path, id: &str, prepared: &Prepared, systemd: bool) -> Result<ContainerHandle> {
     let mut container = Container::new(id, ContainerStatus::Creating, None, &prepared.bundle, dir)?;
     container
         .set_systemd(systemd)
         .set_annotations(prepared.spec.annotations().clone())
         .set_creator(nix::unistd::geteuid().as_raw());
-    let handle = ContainerHandle {
-        container,
-        sidecar: Sidecar::new(prepared.rootfs.clone(), prepared.shim.clone()),
-    };
+    let handle = ContainerHandle { container, sidecar: Sidecar::new(prepared.rootfs.clone(), prepared.shim.clone()) };
     YoukiConfig::from_spec(&prepared.spec, id)?.save(dir)?;
     handle.save_spec(&prepared.spec)?;
     handle.save()?;
@@ -176,12 +152,7 @@ pub fn new_handle(
 }
 
 /// Creates a container whose process waits for `start`.
-pub fn create(
-    root: &Path,
-    id: &str,
-    bundle: &Path,
-    mut options: CreateOptions,
-) -> Result<ContainerHandle> {
+pub fn create(root: &Path, id: &str, bundle: &Path, mut options: CreateOptions) -> Result<ContainerHandle> {
     store::validate_id(id)?;
     if root.join(id).exists() {
         bail!("container with given ID already exists: {id}");
@@ -210,18 +181,10 @@ fn check_terminal(spec: &Spec, options: &CreateOptions) -> Result<()> {
 
 /// Whether the container's process has a terminal.
 pub fn wants_terminal(spec: &Spec) -> bool {
-    spec.process()
-        .as_ref()
-        .and_then(|process| process.terminal())
-        .unwrap_or(false)
+    spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or(false)
 }
 
-fn create_in(
-    dir: &Path,
-    id: &str,
-    prepared: &Prepared,
-    options: &mut CreateOptions,
-) -> Result<ContainerHandle> {
+fn create_in(dir: &Path, id: &str, prepared: &Prepared, options: &mut CreateOptions) -> Result<ContainerHandle> {
     let mut handle = new_handle(dir, id, prepared, options.systemd_cgroup)?;
     let console = match std::mem::take(&mut options.console) {
         Console::None => None,
@@ -297,10 +260,7 @@ pub fn start(handle: &mut ContainerHandle) -> Result<()> {
         ContainerStatus::Stopped => bail!("cannot start a container that has stopped"),
         other => bail!("cannot start an already running container (it is {other})"),
     }
-    handle
-        .container
-        .start()
-        .context("cannot start the container")?;
+    handle.container.start().context("cannot start the container")?;
     handle.save()
 }
 

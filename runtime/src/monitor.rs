@@ -78,6 +78,9 @@ pub struct RestoreOrder {
     /// CRIU's network lock is left out: the caller's link is down.
     #[serde(default)]
     pub skip_network_lock: bool,
+    /// Leave createRuntime hooks out; the caller runs them at its commit.
+    #[serde(default)]
+    pub skip_create_hooks: bool,
     /// A program other than the installed criu.
     #[serde(default)]
     pub criu: Option<PathBuf>,
@@ -142,9 +145,7 @@ impl Starter {
         if !status.success() {
             bail!("the monitor did not start: {status}");
         }
-        let mut starter = Starter {
-            stream: BufReader::new(ours),
-        };
+        let mut starter = Starter { stream: BufReader::new(ours) };
         starter.send(order)?;
         Ok(starter)
     }
@@ -153,13 +154,9 @@ impl Starter {
     pub fn next(&mut self, deadline: Duration) -> Result<Event> {
         self.stream.get_ref().set_read_timeout(Some(deadline))?;
         match read_line(&mut self.stream) {
-            Ok(Some(line)) => {
-                serde_json::from_str(&line).with_context(|| format!("the monitor said {line:?}"))
-            }
+            Ok(Some(line)) => serde_json::from_str(&line).with_context(|| format!("the monitor said {line:?}")),
             Ok(None) => bail!("the monitor ended without a word"),
-            Err(err) => Err(err).with_context(|| {
-                format!("the monitor said nothing for {} s", deadline.as_secs())
-            }),
+            Err(err) => Err(err).with_context(|| format!("the monitor said nothing for {} s", deadline.as_secs())),
         }
     }
 
@@ -185,9 +182,7 @@ impl Starter {
 fn send<T: Serialize>(stream: &mut UnixStream, message: &T) -> Result<()> {
     let mut line = serde_json::to_string(message)?;
     line.push('\n');
-    stream
-        .write_all(line.as_bytes())
-        .context("cannot write to the monitor's socket")
+    stream.write_all(line.as_bytes()).context("cannot write to the monitor's socket")
 }
 
 fn read_line(stream: &mut BufReader<UnixStream>) -> Result<Option<String>> {
@@ -251,10 +246,7 @@ fn pipes() -> Result<Pipes> {
     let (stdin, _) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let (out, out_container) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let (err, err_container) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-    Ok(Pipes {
-        container: [Some(stdin), Some(out_container), Some(err_container)],
-        ours: [out, err],
-    })
+    Ok(Pipes { container: [Some(stdin), Some(out_container), Some(err_container)], ours: [out, err] })
 }
 
 fn supervise(order: &Order, stream: &mut BufReader<UnixStream>) -> Result<()> {
@@ -307,8 +299,7 @@ fn restore_held(
     record: &Record,
     stream: &mut BufReader<UnixStream>,
 ) -> Result<i32> {
-    let mut options =
-        RestoreOptions::new(&order.root, &order.id, &order.bundle, &order.image_path);
+    let mut options = RestoreOptions::new(&order.root, &order.id, &order.bundle, &order.image_path);
     let common = &mut options.common;
     common.work_path = order.work_path.clone();
     common.tcp_established = order.tcp_established;
@@ -326,13 +317,10 @@ fn restore_held(
         common.deadline = Duration::from_secs(seconds);
     }
     options.systemd_cgroup = order.systemd_cgroup;
+    options.create_hooks = !order.skip_create_hooks;
     options.pid_file = order.pid_file.clone();
     options.stdio = stdio;
-    let mut gate = SocketGate {
-        stream,
-        hold: order.hold,
-        record,
-    };
+    let mut gate = SocketGate { stream, hold: order.hold, record };
     Ok(restore::restore(options, &mut gate)?.pid)
 }
 
@@ -351,8 +339,8 @@ impl SocketGate<'_> {
         send(self.stream.get_mut(), question)?;
         // The starter has the deadline: whoever holds a commit decides when
         // it is over, and its death closes the socket.
-        let line = read_line(self.stream)?
-            .ok_or_else(|| anyhow!("the starter went away before its word on {question:?}"))?;
+        let line =
+            read_line(self.stream)?.ok_or_else(|| anyhow!("the starter went away before its word on {question:?}"))?;
         match serde_json::from_str(&line).context("malformed answer")? {
             Answer::Go => Ok(()),
             Answer::Refuse { why } => bail!("{why}"),
@@ -407,10 +395,7 @@ fn watch(pid: i32, outputs: [OwnedFd; 2], record: &Record) -> Result<()> {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(err) => return Err(err).context("waiting for the container"),
         }
-        let ready: Vec<bool> = fds
-            .iter()
-            .map(|fd| fd.revents().is_some_and(|r| !r.is_empty()))
-            .collect();
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.revents().is_some_and(|r| !r.is_empty())).collect();
         drop(fds);
         for (stream, ready) in streams.iter().zip(&ready[1..]) {
             if *ready {
@@ -470,11 +455,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let record = Record::of("unused").unwrap();
         let mut stream = BufReader::new(theirs);
-        let mut gate = SocketGate {
-            stream: &mut stream,
-            hold: true,
-            record: &record,
-        };
+        let mut gate = SocketGate { stream: &mut stream, hold: true, record: &record };
         drop(ours);
         assert!(gate.setup_namespaces(7).is_err());
     }
@@ -484,11 +465,7 @@ mod tests {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let record = Record::of("unused").unwrap();
         let mut stream = BufReader::new(theirs);
-        let mut gate = SocketGate {
-            stream: &mut stream,
-            hold: true,
-            record: &record,
-        };
+        let mut gate = SocketGate { stream: &mut stream, hold: true, record: &record };
         send(&mut ours, &Answer::Go).unwrap();
         send(&mut ours, &Answer::Refuse { why: "peer lost".into() }).unwrap();
         gate.setup_namespaces(7).unwrap();

@@ -66,10 +66,7 @@ mod tests {
     fn mount(destination: &str, source: Option<&Path>) -> Mount {
         let mut builder = MountBuilder::default().destination(destination);
         builder = match source {
-            Some(source) => builder
-                .typ("bind")
-                .source(source)
-                .options(vec!["bind".to_owned()]),
+            Some(source) => builder.typ("bind").source(source).options(vec!["bind".to_owned()]),
             None => builder.typ("tmpfs").source("tmpfs").options(vec![]),
         };
         builder.build().unwrap()
@@ -78,11 +75,7 @@ mod tests {
     #[test]
     fn points_are_made_in_the_root_and_in_outer_binds_but_not_in_a_tmpfs() {
         let dir = tempfile::tempdir().unwrap();
-        let (root, data, file) = (
-            dir.path().join("root"),
-            dir.path().join("data"),
-            dir.path().join("file"),
-        );
+        let (root, data, file) = (dir.path().join("root"), dir.path().join("data"), dir.path().join("file"));
         std::fs::create_dir(&root).unwrap();
         std::fs::create_dir(&data).unwrap();
         std::fs::write(&file, "x").unwrap();

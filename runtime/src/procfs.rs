@@ -33,9 +33,7 @@ fn parse_stat(text: &str) -> Option<Stat> {
 /// The process' cgroup in the unified hierarchy, relative to its mount point.
 pub fn unified_cgroup(pid: i32) -> Option<PathBuf> {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    text.lines()
-        .find_map(|line| line.strip_prefix("0::"))
-        .map(PathBuf::from)
+    text.lines().find_map(|line| line.strip_prefix("0::")).map(PathBuf::from)
 }
 
 /// All cgroups of the process as (controllers, path); controllers is empty for the unified one.
@@ -63,10 +61,7 @@ mod tests {
     #[test]
     fn a_name_with_parentheses_does_not_shift_the_fields() {
         let line = "42 (a) b) (c) S 7 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 98765 1 2";
-        assert_eq!(
-            parse_stat(line),
-            Some(Stat { gone: false, start_time: 98765, parent: 7 })
-        );
+        assert_eq!(parse_stat(line), Some(Stat { gone: false, start_time: 98765, parent: 7 }));
     }
 
     #[test]

@@ -49,20 +49,16 @@ impl Record {
 
     fn below(records: &Path, id: &str) -> Result<Self> {
         store::validate_id(id)?;
-        Ok(Record {
-            dir: records.join(id),
-        })
+        Ok(Record { dir: records.join(id) })
     }
 
     /// Begins a new life: an earlier one's exit and log are removed.
     pub fn begin(&self) -> Result<()> {
-        fs::create_dir_all(&self.dir)
-            .with_context(|| format!("cannot make {}", self.dir.display()))?;
+        fs::create_dir_all(&self.dir).with_context(|| format!("cannot make {}", self.dir.display()))?;
         for old in ["exit", "moved-to", "log", "log.1"] {
             let _ = fs::remove_file(self.dir.join(old));
         }
-        File::create(self.log_path())
-            .with_context(|| format!("cannot write {}", self.log_path().display()))?;
+        File::create(self.log_path()).with_context(|| format!("cannot write {}", self.log_path().display()))?;
         Ok(())
     }
 
@@ -97,11 +93,8 @@ impl Record {
 
     /// Records the end.
     pub fn finish(&self, status: i32) -> Result<()> {
-        let exit = Exit {
-            status,
-            time: clock::rfc3339_now(),
-            moved_to: fs::read_to_string(self.dir.join("moved-to")).ok(),
-        };
+        let exit =
+            Exit { status, time: clock::rfc3339_now(), moved_to: fs::read_to_string(self.dir.join("moved-to")).ok() };
         store::write_json(&self.dir.join("exit"), &exit)
     }
 
@@ -146,13 +139,7 @@ impl LogWriter {
             .open(&path)
             .with_context(|| format!("cannot write {}", path.display()))?;
         let size = file.metadata()?.len();
-        Ok(LogWriter {
-            record: record.clone(),
-            file,
-            size,
-            cap: LOG_CAP,
-            partial: [Vec::new(), Vec::new()],
-        })
+        Ok(LogWriter { record: record.clone(), file, size, cap: LOG_CAP, partial: [Vec::new(), Vec::new()] })
     }
 
     /// Adds what was read from one output.

@@ -38,22 +38,13 @@ pub fn warning(text: &str, log: Option<&Path>, json: bool) {
 }
 
 fn append(path: &Path, line: &str) -> std::io::Result<()> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(path)?
-        .write_all(line.as_bytes())
+    OpenOptions::new().append(true).create(true).open(path)?.write_all(line.as_bytes())
 }
 
 fn line(level: &str, text: &str, json: bool) -> String {
     let time = clock::rfc3339_now();
     match json {
-        true => format!(
-            "{{\"level\":{},\"msg\":{},\"time\":{}}}\n",
-            quoted(level),
-            quoted(text),
-            quoted(&time)
-        ),
+        true => format!("{{\"level\":{},\"msg\":{},\"time\":{}}}\n", quoted(level), quoted(text), quoted(&time)),
         false => format!("time={} level={level} msg={}\n", quoted(&time), quoted(text)),
     }
 }
@@ -63,11 +54,7 @@ fn quoted(text: &str) -> String {
 }
 
 fn one_line(text: &str) -> String {
-    text.lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect::<Vec<_>>()
-        .join("; ")
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
 #[cfg(test)]

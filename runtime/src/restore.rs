@@ -41,6 +41,9 @@ pub struct RestoreOptions {
     /// Gets the terminal's master side, if the container has one.
     pub console_socket: Option<PathBuf>,
     pub tcp_close: bool,
+    /// Run prestart and createRuntime hooks, which connect the container to
+    /// its network. A migration leaves them out and calls [`connect`] at its commit.
+    pub create_hooks: bool,
     /// `TYPE:NAME`.
     pub lsm_profile: Option<String>,
     pub lsm_mount_context: Option<String>,
@@ -60,6 +63,7 @@ impl RestoreOptions {
             pid_file: None,
             console_socket: None,
             tcp_close: false,
+            create_hooks: true,
             lsm_profile: None,
             lsm_mount_context: None,
             stdio: [None, None, None],
@@ -83,16 +87,15 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
         bail!("container with given ID already exists: {}", options.id);
     }
     if !options.common.image_path.join("inventory.img").exists() {
-        bail!(
-            "{} holds no checkpoint: inventory.img is missing",
-            options.common.image_path.display()
-        );
+        bail!("{} holds no checkpoint: inventory.img is missing", options.common.image_path.display());
     }
     let facts = ImageFacts::read(&options.common.image_path)?;
     let shim = facts.as_ref().and_then(|facts| facts.shim.as_deref());
     let prepared = launch::prepare(&options.bundle, &options.id, options.systemd_cgroup, shim)?;
     if shim.is_some() && prepared.shim.is_none() {
-        bail!("the image's processes use the RDMA shim, but the bundle's config.json has no RDMA device; add it, or annotation org.migrrdma.inject=true");
+        bail!(
+            "the image's processes use the RDMA shim, but the bundle's config.json has no RDMA device; add it, or annotation org.migrrdma.inject=true"
+        );
     }
     let dir = launch::make_state_dir(&options.root, &options.id)?;
     let id = options.id.clone();
@@ -144,21 +147,19 @@ fn restore_in(
     for (key, n) in stdio::inheritable(&common.image_path)? {
         opts.inherit_fd.push(inherit(&key, n as i32));
     }
-    criu.place(Box::new(|pid, opts| {
-        place(cgroup, spec, pid, opts).map_err(|err| format!("{err:#}"))
-    }));
+    criu.place(Box::new(|pid, opts| place(cgroup, spec, pid, opts).map_err(|err| format!("{err:#}"))));
 
     let mut refusal = None;
     let mut terminal = None;
     let restored = {
         let mut notify = |told: Notify| -> Verdict {
             let answer = match (told.script.as_str(), told.pid, told.fd) {
-                ("setup-namespaces", Some(pid), _) => {
-                    run_hooks(spec, &handle.container, pid).and_then(|()| gate.setup_namespaces(pid))
+                ("setup-namespaces", Some(pid), _) => match options.create_hooks {
+                    true => run_hooks(spec, &handle.container, pid),
+                    false => Ok(()),
                 }
-                ("post-restore", Some(pid), _) => {
-                    born(&mut handle, pid).and_then(|()| gate.post_restore(pid))
-                }
+                .and_then(|()| gate.setup_namespaces(pid)),
+                ("post-restore", Some(pid), _) => born(&mut handle, pid).and_then(|()| gate.post_restore(pid)),
                 ("orphan-pts-master", _, Some(fd)) => match &options.console_socket {
                     Some(socket) => console::send(socket, &fd),
                     None => {
@@ -196,11 +197,7 @@ fn restore_in(
     if let Some(path) = &options.pid_file {
         launch::write_pid_file(path, pid)?;
     }
-    Ok(Restored {
-        pid,
-        handle,
-        console: terminal,
-    })
+    Ok(Restored { pid, handle, console: terminal })
 }
 
 /// Records the restored init before it runs.
@@ -256,10 +253,7 @@ fn external_mounts(opts: &mut Criu_opts, prepared: &Prepared) -> Result<()> {
                 mount.source.display()
             );
         }
-        opts.ext_mnt.push(criu_plan::mount_entry(
-            &mount.destination,
-            &mount.source.display().to_string(),
-        ));
+        opts.ext_mnt.push(criu_plan::mount_entry(&mount.destination, &mount.source.display().to_string()));
     }
     // runc names masked files by what covers them, crun by their own path.
     opts.ext_mnt.push(criu_plan::mount_entry(MASK, MASK));
@@ -271,15 +265,11 @@ fn external_mounts(opts: &mut Criu_opts, prepared: &Prepared) -> Result<()> {
 }
 
 /// Namespaces to inherit; those to join go straight into the options.
-fn external_namespaces(
-    opts: &mut Criu_opts,
-    spec: &Spec,
-) -> Result<Vec<(&'static str, File)>> {
+fn external_namespaces(opts: &mut Criu_opts, spec: &Spec) -> Result<Vec<(&'static str, File)>> {
     let mut inherited = Vec::new();
     for (kind, _, key) in criu_plan::EXTERNAL_NAMESPACES {
         if let Some(path) = criu_plan::namespace_path(spec, kind) {
-            let file = File::open(&path)
-                .with_context(|| format!("cannot open the namespace {}", path.display()))?;
+            let file = File::open(&path).with_context(|| format!("cannot open the namespace {}", path.display()))?;
             inherited.push((key, file));
         }
     }
@@ -303,16 +293,19 @@ fn external_namespaces(
     Ok(inherited)
 }
 
+/// Runs the hooks a restore with `create_hooks: false` left out.
+pub fn connect(handle: &ContainerHandle) -> Result<()> {
+    let pid = handle.init_pid().context(store::NOT_RUNNING)?;
+    run_hooks(&handle.spec()?, &handle.container, pid)
+}
+
 fn run_hooks(spec: &Spec, container: &Container, pid: i32) -> Result<()> {
     let Some(all) = spec.hooks() else {
         return Ok(());
     };
     let mut state = container.state.clone();
     state.pid = Some(pid);
-    for (name, list) in [
-        ("prestart", all.prestart()),
-        ("createRuntime", all.create_runtime()),
-    ] {
+    for (name, list) in [("prestart", all.prestart()), ("createRuntime", all.create_runtime())] {
         hooks::run_hooks(list.as_ref(), Some(&state), None, None, None)
             .with_context(|| format!("a {name} hook failed"))?;
     }
@@ -327,14 +320,8 @@ impl MountedRoot {
     fn new(dir: &Path, rootfs: &Path) -> Result<Self> {
         let path = dir.join("criu-root");
         fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        mount(
-            Some(rootfs),
-            &path,
-            None::<&str>,
-            MsFlags::MS_BIND | MsFlags::MS_REC,
-            None::<&str>,
-        )
-        .with_context(|| format!("cannot bind {} for CRIU", rootfs.display()))?;
+        mount(Some(rootfs), &path, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
+            .with_context(|| format!("cannot bind {} for CRIU", rootfs.display()))?;
         Ok(MountedRoot(path))
     }
 }
@@ -349,8 +336,5 @@ impl Drop for MountedRoot {
 /// Preparing a restore from an image that is not complete yet. One seam, so
 /// that the command line's answer and the migration's are the same.
 pub fn restore_partial(options: &RestoreOptions) -> Result<()> {
-    bail!(
-        "restore --partial is not available yet (container {}); restore without --partial",
-        options.id
-    )
+    bail!("restore --partial is not available yet (container {}); restore without --partial", options.id)
 }

@@ -20,19 +20,13 @@ pub const DESCRIPTORS: &str = "descriptors.json";
 
 /// What fds 0 to 2 of a process refer to, as the kernel words it.
 pub fn links(pid: i32) -> Vec<String> {
-    (0..3)
-        .map(|n| procfs::fd_link(pid, n).unwrap_or_else(|| "/dev/null".into()))
-        .collect()
+    (0..3).map(|n| procfs::fd_link(pid, n).unwrap_or_else(|| "/dev/null".into())).collect()
 }
 
 /// The list for a dump: keys for inheritable descriptors, the link otherwise.
 pub fn keys(pid: i32) -> Vec<String> {
     (0..3)
-        .map(|n| {
-            outside_file(pid, n)
-                .or_else(|| procfs::fd_link(pid, n))
-                .unwrap_or_else(|| "/dev/null".into())
-        })
+        .map(|n| outside_file(pid, n).or_else(|| procfs::fd_link(pid, n)).unwrap_or_else(|| "/dev/null".into()))
         .collect()
 }
 
@@ -48,16 +42,9 @@ fn outside_file(pid: i32, n: i32) -> Option<String> {
         return None;
     }
     let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{n}")).ok()?;
-    let mount: u32 = info
-        .lines()
-        .find_map(|line| line.strip_prefix("mnt_id:"))?
-        .trim()
-        .parse()
-        .ok()?;
+    let mount: u32 = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()?;
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
-    let own = mounts
-        .lines()
-        .any(|line| line.split(' ').next() == Some(mount.to_string().as_str()));
+    let own = mounts.lines().any(|line| line.split(' ').next() == Some(mount.to_string().as_str()));
     (!own).then(|| format!("file[{mount:x}:{:x}]", meta.ino()))
 }
 
@@ -93,10 +80,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let list = ["/dev/null", "pipe:[77]", "file[2f:1a]"].map(String::from);
         write(dir.path(), &list).unwrap();
-        assert_eq!(
-            inheritable(dir.path()).unwrap(),
-            [("pipe:[77]".to_owned(), 1), ("file[2f:1a]".to_owned(), 2)]
-        );
+        assert_eq!(inheritable(dir.path()).unwrap(), [("pipe:[77]".to_owned(), 1), ("file[2f:1a]".to_owned(), 2)]);
         assert_eq!(external(&list).collect::<Vec<_>>(), ["file[2f:1a]"]);
     }
 

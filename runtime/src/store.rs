@@ -78,18 +78,12 @@ impl ContainerHandle {
         }
         let sidecar: Sidecar = read_json(&path)?;
         if sidecar.version != SIDECAR_VERSION {
-            bail!(
-                "{} has version {}, this program reads version {SIDECAR_VERSION}",
-                path.display(),
-                sidecar.version
-            );
+            bail!("{} has version {}, this program reads version {SIDECAR_VERSION}", path.display(), sidecar.version);
         }
-        let mut container = Container::load(dir.clone())
-            .with_context(|| format!("cannot read the state of container {id}"))?;
+        let mut container =
+            Container::load(dir.clone()).with_context(|| format!("cannot read the state of container {id}"))?;
         // load() guesses a status from the pid alone; take what was saved.
-        container
-            .refresh_state()
-            .with_context(|| format!("cannot read the state of container {id}"))?;
+        container.refresh_state().with_context(|| format!("cannot read the state of container {id}"))?;
         Ok(ContainerHandle { container, sidecar })
     }
 
@@ -108,10 +102,7 @@ impl ContainerHandle {
     pub fn init_pid(&self) -> Option<i32> {
         let pid = self.container.pid()?.as_raw();
         let stat = procfs::stat(pid)?;
-        let same = self
-            .sidecar
-            .start_time
-            .is_none_or(|start| start == stat.start_time);
+        let same = self.sidecar.start_time.is_none_or(|start| start == stat.start_time);
         (same && !stat.gone).then_some(pid)
     }
 
@@ -162,12 +153,7 @@ impl ContainerHandle {
 impl Sidecar {
     /// A new one for a container with this root file system.
     pub fn new(rootfs: PathBuf, shim: Option<String>) -> Self {
-        Sidecar {
-            version: SIDECAR_VERSION,
-            rootfs,
-            shim,
-            ..Sidecar::default()
-        }
+        Sidecar { version: SIDECAR_VERSION, rootfs, shim, ..Sidecar::default() }
     }
 }
 
@@ -200,20 +186,14 @@ pub fn validate_id(id: &str) -> Result<()> {
 pub fn load_spec_file(path: &Path) -> Result<Spec> {
     let spec: Spec = read_json(path)?;
     if !spec.version().starts_with("1.") {
-        bail!(
-            "{} asks for runtime specification {}, only 1.x is supported",
-            path.display(),
-            spec.version()
-        );
+        bail!("{} asks for runtime specification {}, only 1.x is supported", path.display(), spec.version());
     }
     Ok(spec)
 }
 
 /// Reads a JSON file of bounded size.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let len = fs::metadata(path)
-        .with_context(|| format!("cannot open {}", path.display()))?
-        .len();
+    let len = fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?.len();
     if len > STATE_CAP {
         bail!("{} has {len} bytes, more than {STATE_CAP}", path.display());
     }
@@ -230,11 +210,7 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 /// Writes through a temporary file and a rename in the same directory.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let name = path.file_name().context("a file needs a name")?;
-    let temporary = path.with_file_name(format!(
-        ".{}.{}",
-        name.to_string_lossy(),
-        std::process::id()
-    ));
+    let temporary = path.with_file_name(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
     let write = || -> std::io::Result<()> {
         let mut file = fs::File::create(&temporary)?;
         file.write_all(bytes)?;

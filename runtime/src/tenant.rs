@@ -13,8 +13,8 @@ use anyhow::{Context, Result, bail};
 use libcontainer::container::ContainerStatus;
 use libcontainer::notify_socket::{NotifyListener, NotifySocket};
 use libcontainer::oci_spec::runtime::{
-    Capability, LinuxBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Process,
-    ProcessBuilder, Spec, UserBuilder,
+    Capability, LinuxBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Process, ProcessBuilder, Spec,
+    UserBuilder,
 };
 use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
@@ -99,15 +99,13 @@ fn with_capabilities(
     };
     for name in more {
         let short = name.strip_prefix("CAP_").unwrap_or(name);
-        let cap = Capability::from_str(short)
-            .map_err(|_| anyhow::anyhow!("unknown capability {name}"))?;
+        let cap = Capability::from_str(short).map_err(|_| anyhow::anyhow!("unknown capability {name}"))?;
         let add = |set: &Option<std::collections::HashSet<Capability>>| {
             let mut set = set.clone().unwrap_or_default();
             set.insert(cap);
             Some(set)
         };
-        let (bounding, effective, permitted) =
-            (add(caps.bounding()), add(caps.effective()), add(caps.permitted()));
+        let (bounding, effective, permitted) = (add(caps.bounding()), add(caps.effective()), add(caps.permitted()));
         caps.set_bounding(bounding);
         caps.set_effective(effective);
         caps.set_permitted(permitted);
@@ -117,21 +115,13 @@ fn with_capabilities(
 
 fn parse_user(text: &str) -> Result<(u32, u32)> {
     let (uid, gid) = text.split_once(':').unwrap_or((text, "0"));
-    let number = |part: &str| {
-        part.parse()
-            .with_context(|| format!("--user {text}: {part:?} is no number"))
-    };
+    let number = |part: &str| part.parse().with_context(|| format!("--user {text}: {part:?} is no number"));
     Ok((number(uid)?, number(gid)?))
 }
 
 /// Starts `process` in the container and returns its pid; it is a child of
 /// this process. `Err` also when the program could not be executed.
-pub fn exec(
-    handle: &ContainerHandle,
-    process: Process,
-    console: Console,
-    options: &TenantOptions,
-) -> Result<i32> {
+pub fn exec(handle: &ContainerHandle, process: Process, console: Console, options: &TenantOptions) -> Result<i32> {
     match handle.status() {
         ContainerStatus::Running => {}
         ContainerStatus::Paused if options.ignore_paused => {}
@@ -172,9 +162,7 @@ fn launch(
     let cgroup_config = cgroup::config(&spec, handle.id(), handle.container.systemd())?;
     nix::sys::prctl::set_dumpable(false)?;
     let args = ContainerArgs {
-        container_type: ContainerType::TenantContainer {
-            exec_notify_fd: write.as_raw_fd(),
-        },
+        container_type: ContainerType::TenantContainer { exec_notify_fd: write.as_raw_fd() },
         syscall: SyscallType::default(),
         rootfs: handle.sidecar.rootfs.clone(),
         spec: Rc::new(spec),
@@ -194,9 +182,7 @@ fn launch(
         as_sibling: false,
         pid_file: None,
     };
-    let pid = container_main_process(&args)
-        .context("cannot run a process in the container")?
-        .as_raw();
+    let pid = container_main_process(&args).context("cannot run a process in the container")?.as_raw();
     NotifySocket::new(notify).notify_container_start()?;
     drop(write);
     // Closed by exec; text before that is the reason why there was none.
@@ -219,10 +205,7 @@ fn tenant_spec(mut spec: Spec, process: Process, init: i32) -> Result<Spec> {
             continue;
         };
         namespaces.push(
-            LinuxNamespaceBuilder::default()
-                .typ(namespace.typ())
-                .path(format!("/proc/{init}/ns/{file}"))
-                .build()?,
+            LinuxNamespaceBuilder::default().typ(namespace.typ()).path(format!("/proc/{init}/ns/{file}")).build()?,
         );
     }
     let mut adapted = LinuxBuilder::default().namespaces(namespaces).build()?;

@@ -17,8 +17,7 @@ pub fn run(args: &Delete, global: &Global) -> Result<i32> {
     match ContainerHandle::load(root, &args.id) {
         Ok(handle) => destroy::delete(handle, args.force)?,
         Err(_) if args.force && !dir.join("state.json").exists() => {
-            std::fs::remove_dir_all(&dir)
-                .with_context(|| format!("cannot remove {}", dir.display()))?;
+            std::fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
         Err(err) => return Err(err),
     }

@@ -30,9 +30,7 @@ pub fn run(args: &Events, global: &Global) -> Result<i32> {
             };
         }
         let cgroup = handle.cgroup()?;
-        let dir = cgroup
-            .unified()
-            .context("statistics need the unified cgroup hierarchy")?;
+        let dir = cgroup.unified().context("statistics need the unified cgroup hierarchy")?;
         let killed = keyed(&dir.join("memory.events")).get("oom_kill").copied().unwrap_or(0);
         if ooms.is_some_and(|before| killed > before) {
             println!("{}", json!({"type": "oom", "id": args.id}));
@@ -91,10 +89,7 @@ fn stats(dir: &Path) -> Value {
 
 /// A file with one number; `max` and what is missing count as 0, as runc has it.
 fn number(path: &Path) -> u64 {
-    fs::read_to_string(path)
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(0)
+    fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
 /// A file of `key number` lines.

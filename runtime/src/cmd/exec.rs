@@ -3,10 +3,10 @@
 use anyhow::Result;
 
 use crate::cli::{Exec, Global};
+use crate::foreground;
 use crate::launch::{self, Console};
 use crate::store::ContainerHandle;
 use crate::tenant::{self, TenantOptions};
-use crate::foreground;
 
 pub fn run(args: Exec, global: &Global) -> Result<i32> {
     let handle = ContainerHandle::load(super::root(global), &args.id)?;

@@ -5,8 +5,7 @@ use anyhow::Result;
 use serde_json::json;
 
 pub fn run() -> Result<i32> {
-    let mut capabilities: Vec<String> =
-        caps::all().into_iter().map(|cap| cap.to_string()).collect();
+    let mut capabilities: Vec<String> = caps::all().into_iter().map(|cap| cap.to_string()).collect();
     capabilities.sort();
     let features = json!({
         "ociVersionMin": "1.0.0",
@@ -42,8 +41,40 @@ pub fn run() -> Result<i32> {
 }
 
 const MOUNT_OPTIONS: &[&str] = &[
-    "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "iversion", "lazytime", "mand",
-    "noatime", "nodev", "nodiratime", "noexec", "noiversion", "nolazytime", "nomand", "norelatime", "nostrictatime",
-    "nosuid", "private", "rbind", "relatime", "remount", "ro", "rprivate", "rshared", "rslave", "rw", "shared",
-    "slave", "strictatime", "suid", "sync", "unbindable",
+    "async",
+    "atime",
+    "bind",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "iversion",
+    "lazytime",
+    "mand",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "noiversion",
+    "nolazytime",
+    "nomand",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "private",
+    "rbind",
+    "relatime",
+    "remount",
+    "ro",
+    "rprivate",
+    "rshared",
+    "rslave",
+    "rw",
+    "shared",
+    "slave",
+    "strictatime",
+    "suid",
+    "sync",
+    "unbindable",
 ];

@@ -25,10 +25,7 @@ pub fn run(args: &Ps, global: &Global) -> Result<i32> {
     let text = String::from_utf8_lossy(&output.stdout);
     let mut lines = text.lines();
     let header = lines.next().unwrap_or("");
-    let column = header
-        .split_whitespace()
-        .position(|name| name == "PID")
-        .context("ps printed no PID column")?;
+    let column = header.split_whitespace().position(|name| name == "PID").context("ps printed no PID column")?;
     println!("{header}");
     for line in lines {
         let pid = line.split_whitespace().nth(column).and_then(|pid| pid.parse().ok());

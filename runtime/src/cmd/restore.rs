@@ -23,10 +23,7 @@ pub fn run(args: Restore, global: &Global) -> Result<i32> {
     options.common = super::checkpoint::common(&args.criu, images, global)?;
     options.systemd_cgroup = global.systemd_cgroup;
     options.pid_file = args.pid_file.clone();
-    options.console_socket = args
-        .console_socket
-        .clone()
-        .filter(|path| !path.as_os_str().is_empty());
+    options.console_socket = args.console_socket.clone().filter(|path| !path.as_os_str().is_empty());
     options.tcp_close = args.tcp_close;
     options.lsm_profile = args.lsm_profile.clone();
     options.lsm_mount_context = args.lsm_mount_context.clone();

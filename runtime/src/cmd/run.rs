@@ -47,11 +47,7 @@ pub fn run(args: Run, global: &Global) -> Result<i32> {
     }
 }
 
-fn go(
-    handle: &mut ContainerHandle,
-    args: &Run,
-    pair: Option<std::os::fd::OwnedFd>,
-) -> Result<i32> {
+fn go(handle: &mut ContainerHandle, args: &Run, pair: Option<std::os::fd::OwnedFd>) -> Result<i32> {
     let pid = handle.init_pid().context(store::NOT_RUNNING)?;
     // The terminal is handed over before the process waits for its start.
     let terminal = pair.map(|socket| foreground::receive_console(&socket)).transpose()?;
@@ -72,8 +68,7 @@ fn go(
 }
 
 fn bundle_wants_terminal(create: &crate::cli::Create) -> bool {
-    store::load_spec_file(&create.bundle.join("config.json"))
-        .is_ok_and(|spec| launch::wants_terminal(&spec))
+    store::load_spec_file(&create.bundle.join("config.json")).is_ok_and(|spec| launch::wants_terminal(&spec))
 }
 
 fn supervise(args: &Run, global: &Global) -> Result<i32> {
@@ -82,9 +77,8 @@ fn supervise(args: &Run, global: &Global) -> Result<i32> {
         bail!("a supervised container has no terminal: set process.terminal to false");
     }
     store::validate_id(&create.id)?;
-    let absolute = |path: &std::path::Path| {
-        std::path::absolute(path).with_context(|| format!("cannot use {}", path.display()))
-    };
+    let absolute =
+        |path: &std::path::Path| std::path::absolute(path).with_context(|| format!("cannot use {}", path.display()));
     let order = Order::Run(RunOrder {
         root: absolute(super::root(global))?,
         id: create.id.clone(),

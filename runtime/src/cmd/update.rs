@@ -58,18 +58,12 @@ fn from_flags(args: &Update) -> Result<LinuxResources> {
         };
     }
     memory!(memory => limit, memory_reservation => reservation, memory_swap => swap);
-    let mut all = LinuxResourcesBuilder::default()
-        .cpu(cpu.build()?)
-        .memory(memory.build()?);
+    let mut all = LinuxResourcesBuilder::default().cpu(cpu.build()?).memory(memory.build()?);
     if let Some(limit) = args.pids_limit {
         all = all.pids(LinuxPidsBuilder::default().limit(limit).build()?);
     }
     if let Some(weight) = args.blkio_weight {
-        all = all.block_io(
-            libcontainer::oci_spec::runtime::LinuxBlockIoBuilder::default()
-                .weight(weight)
-                .build()?,
-        );
+        all = all.block_io(libcontainer::oci_spec::runtime::LinuxBlockIoBuilder::default().weight(weight).build()?);
     }
     let mut all = all.build()?;
     // The builder's default denies every device; nobody asked for that.
@@ -113,8 +107,7 @@ mod tests {
 
     #[test]
     fn an_update_changes_what_it_names_and_keeps_the_rest() {
-        let old: LinuxResources =
-            serde_json::from_str(r#"{"memory":{"limit":100},"pids":{"limit":5}}"#).unwrap();
+        let old: LinuxResources = serde_json::from_str(r#"{"memory":{"limit":100},"pids":{"limit":5}}"#).unwrap();
         let new: LinuxResources = serde_json::from_str(r#"{"memory":{"limit":200}}"#).unwrap();
         let merged = merge(old, new).unwrap();
         assert_eq!(merged.memory().as_ref().unwrap().limit(), Some(200));
