@@ -66,7 +66,8 @@ enum State {
 
 static STATE: Mutex<State> = Mutex::new(State::Inert);
 
-/// `cr_plugin_desc_t` of CRIU's `criu-plugin.h`, with the hooks of CRIU 4.0; later versions only append hooks.
+/// `cr_plugin_desc_t` of CRIU's `criu-plugin.h`, cut after the last hook we use: CRIU refuses a plugin that knows more
+/// hooks than itself, and looks at no more than `max_hooks`.
 #[repr(C)]
 #[derive(Debug)]
 pub struct PluginDesc {
@@ -81,7 +82,7 @@ pub struct PluginDesc {
 // SAFETY: it is constant, and its pointers point to functions and a string literal.
 unsafe impl Sync for PluginDesc {}
 
-const HOOKS: usize = 12;
+const HOOKS: usize = 9;
 const DUMP_EXT_FILE: usize = 2;
 const RESTORE_EXT_FILE: usize = 3;
 const HANDLE_DEVICE_VMA: usize = 7;

@@ -218,12 +218,18 @@ impl Home {
     fn converge(&mut self, owner: &Owner, state: &ContextState, device: &Device) -> Result<(), ObjectError> {
         self.cmd_fd = state.cmd_fd;
         self.async_fd = state.async_fd;
-        let sgids = gid::map(&state.gids, device);
-        if sgids != self.sgids {
+        let mut sgids = gid::map(&state.gids, device);
+        // Those in use first: whoever looks for "the" address of this context finds one that packets carry.
+        let used = |map: &SgidMap| {
+            let mut connected = state.qps.iter().filter(|qp| is_connected(qp.phase));
+            connected.any(|qp| (qp.attr.port_num, qp.attr.sgid_index) == (map.port, map.virtual_index))
+        };
+        sgids.sort_by_key(|map| !used(map));
+        if !self.sgids.iter().all(|known| sgids.contains(known)) {
             // A changed GID table makes every address vector doubtful.
             self.qps.values_mut().for_each(Qp::forget_link);
-            self.sgids = sgids;
         }
+        self.sgids = sgids;
         self.destroy_stale(owner, state)?;
         self.create_missing(owner, state)?;
         for wanted in &state.qps {
