@@ -228,7 +228,10 @@ impl Conduct {
     fn conduct(&mut self) -> Result<()> {
         while self.phase != Phase::Over {
             let wait = if self.rig.w.rate > 0 { 5 } else { 20 };
-            while let Some(m) = self.wire.poll(wait)? {
+            // After its verdict the other end may close at any time.
+            while !(self.phase == Phase::Judge && self.peer_verdict.is_some())
+                && let Some(m) = self.wire.poll(wait)?
+            {
                 self.on_message(m)?;
             }
             let now = self.rig.clock.seconds();
