@@ -17,7 +17,7 @@ use crate::entry::entry;
 use crate::errno::Errno;
 use crate::provider;
 use crate::registry::{self, Shadow};
-use crate::tables::{KeyMaps, QpnTable};
+use crate::tables::{LocalKeys, Qpns};
 use crate::{control, gate, ops};
 
 /// What the application was told about its device on the host it opened it on. Once the process has moved, queries are
@@ -40,9 +40,9 @@ pub struct ShadowContext {
     pub id: ObjId,
     real: AtomicPtr<ibv_context>,
     /// Physical QPN to shadow QP.
-    pub(crate) qpns: QpnTable,
+    pub(crate) qpns: Qpns,
     /// The keys of this device's MRs, as held by the application and as the NIC knows them now.
-    pub keys: KeyMaps,
+    pub keys: LocalKeys,
     /// `None` as long as the process is where it opened the device.
     pub view: RwLock<Option<View>>,
     handed_over: AtomicBool,
@@ -61,8 +61,8 @@ impl ShadowContext {
             table: UnsafeCell::new(unsafe { zeroed() }),
             id: registry::next_id(),
             real: AtomicPtr::new(real),
-            qpns: QpnTable::new(),
-            keys: KeyMaps::new(),
+            qpns: Qpns::new(),
+            keys: LocalKeys::new(),
             view: RwLock::new(None),
             handed_over: AtomicBool::new(false),
             dead: AtomicBool::new(false),

@@ -5,13 +5,13 @@
 #![expect(unsafe_code, reason = "C objects by pointer")]
 
 use std::cell::UnsafeCell;
-use std::collections::VecDeque;
 use std::mem::zeroed;
 use std::ptr::{addr_of_mut, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libc::{c_int, c_void};
+use rdma_virt::fakecq::{Completion, FakeCq};
 use rdma_virt::id::ObjId;
 use rdma_virt::saved::QueueMap;
 
@@ -64,7 +64,7 @@ type PollOp = unsafe extern "C" fn(*mut ibv_cq, c_int, *mut ibv_wc) -> c_int;
 
 struct Core {
     /// Completions a drain took, oldest first, as the application will see them.
-    fake: VecDeque<ibv_wc>,
+    fake: FakeCq,
     poll: Option<PollOp>,
     /// The real queue is not to be touched: its kernel object is being replaced.
     frozen: bool,
@@ -106,7 +106,7 @@ impl ShadowCq {
             real: AtomicPtr::new(real),
             cqe_asked: AtomicU32::new(asked),
             comp_vector: vector,
-            core: Spin::new(Core { fake: VecDeque::new(), poll, frozen: false }),
+            core: Spin::new(Core { fake: FakeCq::new(), poll, frozen: false }),
             armed: AtomicU8::new(0),
             events: Deliveries::new(),
             map: Mutex::new(provider::rxe::take_maps().into_iter().next()),
@@ -215,10 +215,10 @@ impl ShadowCq {
         let mut core = self.core.lock();
         let mut got = 0;
         while got < n
-            && let Some(wc) = core.fake.pop_front()
+            && let Some(completion) = core.fake.pop()
         {
             // SAFETY: got < n.
-            unsafe { out.add(got as usize).write(wc) };
+            unsafe { out.add(got as usize).write(completion.into()) };
             got += 1;
         }
         if core.frozen || (got > 0 && got == n) {
@@ -264,15 +264,15 @@ impl ShadowCq {
     #[inline]
     fn settle(&self, wc: &mut ibv_wc) -> bool {
         match self.ctx.qpns.owner(wc.qp_num) {
-            Owner::Qp(qp, vqpn) => {
+            Owner::Qp(qp) => {
                 if let Settled::Ours = qp.settle(self, wc) {
                     return false;
                 }
-                wc.qp_num = vqpn;
+                wc.qp_num = qp.vqpn().0;
                 true
             }
             Owner::Gone(vqpn) => {
-                wc.qp_num = vqpn;
+                wc.qp_num = vqpn.0;
                 true
             }
             Owner::Ours => false,
@@ -295,7 +295,7 @@ impl ShadowCq {
             if got == 0 {
                 break;
             }
-            core.fake.extend(&buffer[..got as usize]);
+            buffer[..got as usize].iter().for_each(|wc| core.fake.push(Completion::from(wc)));
             taken += got as usize;
         }
         Ok(taken)

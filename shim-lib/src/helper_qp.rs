@@ -5,7 +5,7 @@
 use std::mem::zeroed;
 use std::ptr::null_mut;
 
-use rdma_virt::id::VQpn;
+use rdma_virt::id::PQpn;
 
 use crate::abi::{ibv_qp_attr, ibv_qp_cap, ibv_qp_init_attr, ibv_recv_wr, qp_mask, qp_state, qp_type};
 use crate::cq::ShadowCq;
@@ -13,7 +13,6 @@ use crate::errno::Errno;
 use crate::pd::ShadowPd;
 use crate::real::verbs;
 use crate::registry;
-use crate::tables::OURS;
 
 /// Raises an event on `cq`'s channel. The caller has emptied the real CQ, and arms it for the application's next event
 /// only after this one was read.
@@ -37,7 +36,7 @@ pub(crate) fn raise_event(cq: &ShadowCq) -> Result<(), Errno> {
         if qp.is_null() {
             return Err(Errno::last());
         }
-        cq.ctx().qpns.insert((*qp).qp_num, VQpn(OURS), std::ptr::null());
+        cq.ctx().qpns.insert_helper(PQpn((*qp).qp_num));
         let raised = fire(cq, qp);
         let _ = verbs::destroy_qp(qp);
         raised

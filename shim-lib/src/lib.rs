@@ -16,7 +16,7 @@
 //! | [`registry`], [`gate`], [`blockers`] | which addresses are ours; stopping control verbs; what cannot be moved |
 //! | [`context`], [`pd`], [`mr`], [`channel`], [`cq`], [`srq`], [`qp`] | the shadow objects and their verbs |
 //! | [`ops`], [`query`], [`events`], [`cq_ex`] | op tables, questions, events, readers |
-//! | [`tables`], [`ledger`], [`lock`] | virtual and physical numbers; what is in flight; the queues' lock |
+//! | [`tables`], [`convert`], [`lock`] | virtual and physical numbers; work requests; the queues' lock |
 //! | [`provider`], [`helper_qp`] | what is known of Soft-RoCE; raising an event |
 //! | [`control`] | the thread that talks to the agent |
 #![allow(missing_debug_implementations, reason = "shadow objects are C memory; their ids are in the messages")]
@@ -26,6 +26,7 @@ mod blockers;
 mod channel;
 mod context;
 mod control;
+mod convert;
 mod cq;
 mod cq_ex;
 mod entry;
@@ -33,7 +34,6 @@ mod errno;
 mod events;
 mod gate;
 mod helper_qp;
-mod ledger;
 mod lock;
 mod mr;
 mod ops;

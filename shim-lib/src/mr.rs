@@ -124,7 +124,7 @@ impl ShadowMr {
 
     /// Makes the present pair of keys known to the data path.
     fn publish(&self) {
-        self.pd().ctx().keys.set((self.vlkey(), self.vrkey()), (self.plkey(), self.prkey()));
+        self.pd().ctx().keys.insert(self.vlkey(), self.plkey(), self.vrkey(), self.prkey());
     }
 
     /// Points the library's object at another kernel object with these keys.
@@ -157,6 +157,31 @@ impl ShadowMr {
     }
 }
 
+/// Registers until the NIC gives keys that can be shown to the application as they are: after a move some numbers
+/// already mean something else to it, or to a peer.
+///
+/// # Safety
+/// `register` registers with the library and returns its MR or null.
+unsafe fn register(pd: &ShadowPd, mut register: impl FnMut() -> *mut ibv_mr) -> *mut ibv_mr {
+    /// Numbers that can be taken are as many as MRs were moved; a NIC that keeps offering them is out of others.
+    const MOST: usize = 1 << 16;
+    let keys = &pd.ctx().keys;
+    let mut unwanted = Vec::new();
+    let found = loop {
+        let mr = register();
+        // SAFETY: the library just returned it.
+        if mr.is_null() || unwanted.len() == MOST || unsafe { keys.may_show(PLkey((*mr).lkey), PRkey((*mr).rkey)) } {
+            break mr;
+        }
+        unwanted.push(mr);
+    };
+    for mr in unwanted {
+        // SAFETY: registered above, shown to nobody.
+        let _ = unsafe { verbs::dereg_mr(mr) };
+    }
+    found
+}
+
 /// The real MR behind whatever the caller holds.
 pub(crate) fn unwrap(mr: *mut ibv_mr) -> *mut ibv_mr {
     registry::find::<ShadowMr>(mr).map_or(mr, |m| m.real())
@@ -170,7 +195,7 @@ entry! {
         };
         let _pass = gate::enter("ibv_reg_mr");
         // SAFETY: a real PD; the caller's memory.
-        let mr = unsafe { real(shadow.real(), addr, length, access) };
+        let mr = unsafe { register(&shadow, || real(shadow.real(), addr, length, access)) };
         let range = Range { addr: addr as u64, length: length as u64, iova: addr as u64, access: access as u32 };
         ShadowMr::adopt(shadow, mr, range)
     }
@@ -182,7 +207,7 @@ entry! {
         };
         let _pass = gate::enter("ibv_reg_mr_iova");
         // SAFETY: a real PD; the caller's memory.
-        let mr = unsafe { real(shadow.real(), addr, length, iova, access) };
+        let mr = unsafe { register(&shadow, || real(shadow.real(), addr, length, iova, access)) };
         ShadowMr::adopt(shadow, mr, Range { addr: addr as u64, length: length as u64, iova, access: access as u32 })
     }
 
@@ -193,7 +218,7 @@ entry! {
         };
         let _pass = gate::enter("ibv_reg_mr_iova2");
         // SAFETY: a real PD; the caller's memory.
-        let mr = unsafe { real(shadow.real(), addr, length, iova, access) };
+        let mr = unsafe { register(&shadow, || real(shadow.real(), addr, length, iova, access)) };
         ShadowMr::adopt(shadow, mr, Range { addr: addr as u64, length: length as u64, iova, access })
     }
 
@@ -247,8 +272,7 @@ entry! {
                 unsafe { (*shadow.visible()).pd = new.visible() };
                 *shadow.pd.lock().unwrap_or_else(PoisonError::into_inner) = new;
             }
-            let before = (shadow.vlkey(), shadow.vrkey());
-            shadow.pd().ctx().keys.clear(before);
+            shadow.pd().ctx().keys.remove(shadow.vlkey());
             // SAFETY: live visible and real parts. The verb may hand out new keys, which the application then knows.
             unsafe {
                 let (visible, real_mr) = (shadow.visible(), shadow.real());
@@ -280,7 +304,7 @@ entry! {
 
 fn bury(shadow: &ShadowMr) {
     shadow.dead.store(true, Ordering::Release);
-    shadow.pd().ctx().keys.clear((shadow.vlkey(), shadow.vrkey()));
+    shadow.pd().ctx().keys.remove(shadow.vlkey());
     registry::remove(shadow);
     blockers::forget(shadow.address());
 }

@@ -12,7 +12,7 @@ use crate::abi::{
     cq_init, ibv_context, ibv_counters, ibv_cq, ibv_cq_ex, ibv_cq_init_attr_ex, ibv_dm, ibv_flow, ibv_flow_action,
     ibv_mr, ibv_mw, ibv_mw_bind, ibv_parent_domain_init_attr, ibv_pd, ibv_qp, ibv_qp_init_attr, ibv_qp_init_attr_ex,
     ibv_rwq_ind_table, ibv_rwq_ind_table_init_attr, ibv_sge, ibv_srq, ibv_srq_init_attr_ex, ibv_td, ibv_wq,
-    ibv_wq_init_attr, ibv_xrcd, qp_init_mask, srq_init, verbs_context,
+    ibv_wq_init_attr, ibv_xrcd, qp_init_mask, srq_init, verbs_context, wr_opcode,
 };
 use crate::channel::{self, ShadowChannel};
 use crate::context::{self, ShadowContext, table_of};
@@ -474,7 +474,7 @@ unsafe extern "C" fn bind_mw(qp: *mut ibv_qp, mw: *mut ibv_mw, bind: *mut ibv_mw
             let mut ask = *bind;
             ask.bind_info.mr = mr::unwrap(ask.bind_info.mr);
             match qp::ShadowQp::of(qp) {
-                Some(shadow) => shadow.post_foreign(ask.send_flags, |real_qp| with_real_mw(mw, || op(real_qp, mw, &raw mut ask))),
+                Some(shadow) => shadow.post_foreign(wr_opcode::BIND_MW, ask.send_flags, |real_qp| with_real_mw(mw, || op(real_qp, mw, &raw mut ask))),
                 None => with_real_mw(mw, || op(qp, mw, &raw mut ask)),
             }
         },

@@ -11,22 +11,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use libc::c_int;
 use rdma_virt::id::ObjId;
 use rdma_virt::saved::QueueMap;
+use rdma_virt::srq::Srq;
+use rdma_virt::wr::Receive;
 
 use crate::abi::{ibv_pd, ibv_recv_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, srq_mask};
 use crate::entry::{boundary, entry};
 use crate::errno::Errno;
 use crate::events::Deliveries;
-use crate::ledger::{Recv, SlotBook};
+use crate::convert::{physical, sges, with_sges};
 use crate::lock::Spin;
 use crate::pd::ShadowPd;
-use crate::qp::recv::physical;
 use crate::registry;
 use crate::{blockers, gate, provider};
 
 const MAGIC: u64 = 0x6d69_6772_7372_0001;
-
-/// High half of a `wr_id` that names a slot.
-const SLOT: u64 = 0x6d73_6c74 << 32;
 
 type PostOp = unsafe extern "C" fn(*mut ibv_srq, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int;
 
@@ -54,8 +52,7 @@ unsafe impl Sync for ShadowSrq {}
 
 struct Side {
     post: Option<PostOp>,
-    closed: bool,
-    book: SlotBook,
+    book: Srq,
 }
 
 impl ShadowSrq {
@@ -112,32 +109,22 @@ impl ShadowSrq {
         *self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Receives posted whose completions were not seen.
+    /// Receives the NIC has and has not used up, as far as completions show.
     pub fn unconsumed(&self) -> usize {
-        self.side.lock().book.in_use()
+        self.side.lock().book.outstanding()
     }
 
     /// A completion names this: the application's wr_id, if it is a slot in use.
+    #[inline]
     pub(crate) fn complete(&self, wr_id: u64) -> Option<u64> {
-        if wr_id & !0xffff_ffff != SLOT {
-            return None;
-        }
-        self.side.lock().book.remove(wr_id as u32).map(|r| r.wr_id)
+        self.side.lock().book.completed(wr_id)
     }
 
-    /// Whether a failed completion's wr_id is one of this SRQ's.
-    pub(crate) fn knows(&self, wr_id: u64) -> bool {
-        wr_id & !0xffff_ffff == SLOT
-    }
-
-    fn give(&self, post: PostOp, slot: u32, recv: &Recv) -> c_int {
-        let mut list = physical(&self.pd.ctx().keys, recv.sges.as_slice());
-        let mut wr = ibv_recv_wr {
-            wr_id: SLOT | u64::from(slot),
-            next: null_mut(),
-            sg_list: list.as_mut_ptr(),
-            num_sge: list.len() as c_int,
-        };
+    /// Gives one receive to the NIC under the name of its slot.
+    fn give(&self, post: PostOp, name: u64, receive: Receive<'_>) -> c_int {
+        let mut list = physical(&self.pd.ctx().keys, receive.sges);
+        let (sg_list, num_sge) = (list.as_mut_ptr(), list.len() as c_int);
+        let mut wr = ibv_recv_wr { wr_id: name, next: null_mut(), sg_list, num_sge };
         let mut failed = null_mut();
         // SAFETY: built above; the real SRQ of a live shadow.
         unsafe { post(self.real(), &raw mut wr, &raw mut failed) }
@@ -150,22 +137,7 @@ impl ShadowSrq {
         let Some(post) = side.post else { return libc::EOPNOTSUPP };
         while !wr.is_null() {
             // SAFETY: the caller's list.
-            let answer = unsafe {
-                if (*wr).num_sge < 0 || (*wr).num_sge as u32 > self.max_sge {
-                    libc::EINVAL
-                } else if side.closed && side.book.in_use() >= self.max_wr() as usize {
-                    libc::ENOMEM
-                } else {
-                    let recv = Recv::new(wr);
-                    let closed = side.closed;
-                    let slot = side.book.insert(recv.clone(), !closed);
-                    let answer = if closed { 0 } else { self.give(post, slot, &recv) };
-                    if answer != 0 {
-                        side.book.remove(slot);
-                    }
-                    answer
-                }
-            };
+            let answer = unsafe { self.post_one(&mut side.book, post, &*wr) };
             if answer != 0 {
                 // SAFETY: the caller's room.
                 unsafe { *bad = wr };
@@ -177,28 +149,55 @@ impl ShadowSrq {
         0
     }
 
+    /// # Safety
+    /// A valid receive.
+    unsafe fn post_one(&self, book: &mut Srq, post: PostOp, wr: &ibv_recv_wr) -> c_int {
+        if wr.num_sge < 0 || wr.num_sge as u32 > self.max_sge {
+            return libc::EINVAL;
+        }
+        // SAFETY: the caller's promise.
+        let list = unsafe { sges(wr.sg_list, wr.num_sge) };
+        let passes = book.passes();
+        with_sges(list, |l| {
+            let Ok(name) = book.post(wr.wr_id, l) else { return libc::ENOMEM };
+            if !passes {
+                return 0;
+            }
+            let answer = self.give(post, name, Receive { wr_id: wr.wr_id, sges: l });
+            if answer != 0 {
+                book.unpost(name);
+            }
+            answer
+        })
+    }
+
     /// Receives from now on are only remembered.
     pub fn close(&self) {
-        self.side.lock().closed = true;
+        self.side.lock().book.close();
     }
 
-    /// Gives every receive that has not completed to the present real SRQ, which has none yet, and opens again.
+    /// The NIC's queue was replaced by a new, empty one: gives it every receive that has not completed.
     pub fn repost(&self) -> Result<usize, Errno> {
-        self.side.lock().book.forget_posting();
-        self.reopen()
+        let mut side = self.side.lock();
+        side.book.switched();
+        self.give_remembered(&mut side)
     }
 
-    /// Gives the receives that were only remembered to the present real SRQ, and opens again.
+    /// The stop led nowhere: gives the NIC the receives that were only remembered.
     pub fn reopen(&self) -> Result<usize, Errno> {
         let mut side = self.side.lock();
+        side.book.reopen();
+        self.give_remembered(&mut side)
+    }
+
+    fn give_remembered(&self, side: &mut Side) -> Result<usize, Errno> {
         let post = side.post.ok_or(Errno(libc::EOPNOTSUPP))?;
-        let waiting = side.book.waiting();
-        for (slot, recv) in &waiting {
-            Errno::check(self.give(post, *slot, recv))?;
-            side.book.mark_posted(*slot);
+        let names = side.book.remembered();
+        for name in &names {
+            Errno::check(self.give(post, *name, side.book.receive(*name)))?;
+            side.book.remembered_posted(*name);
         }
-        side.closed = false;
-        Ok(waiting.len())
+        Ok(names.len())
     }
 
     /// Points the library's object at another, new kernel object.
@@ -237,8 +236,6 @@ pub(crate) unsafe extern "C" fn post_srq_recv(
     )
 }
 
-pub(crate) type CreateSrq = unsafe extern "C" fn(*mut ibv_pd, *mut ibv_srq_init_attr) -> *mut ibv_srq;
-
 entry! {
     "IBVERBS_1.1" fn ibv_create_srq(pd: *mut ibv_pd, attr: *mut ibv_srq_init_attr) -> *mut ibv_srq, fail null, |real| {
         let Some(pd_shadow) = registry::find::<ShadowPd>(pd) else {
@@ -263,7 +260,10 @@ entry! {
             max_wr: AtomicU32::new(told.max_wr.max(wish.attr.max_wr)),
             max_sge: told.max_sge.max(wish.attr.max_sge),
             limit: AtomicU32::new(0),
-            side: Spin::new(Side { post, closed: false, book: SlotBook::default() }),
+            side: Spin::new(Side {
+                post,
+                book: Srq::new(told.max_wr.max(wish.attr.max_wr), told.max_sge.max(wish.attr.max_sge)),
+            }),
             map: Mutex::new(maps.into_iter().next()),
             events: Deliveries::new(),
             dead: AtomicBool::new(false),
@@ -297,6 +297,7 @@ entry! {
         if answer == 0 {
             if mask & srq_mask::MAX_WR != 0 {
                 shadow.max_wr.store(wish.max_wr, Ordering::Relaxed);
+                shadow.side.lock().book.set_capacity(wish.max_wr);
                 if let Some(map) = maps.first() {
                     *shadow.map.lock().unwrap_or_else(PoisonError::into_inner) = Some(*map);
                 }

@@ -6,7 +6,7 @@ use rdma_virt::id::VQpn;
 use rdma_virt::msg::{Connect, KeyTable, Reply, SwitchLink};
 use rdma_virt::saved::Remote;
 
-use super::session::{Migration, Refused, look};
+use super::session::{Migration, Refused, alone};
 use crate::qp::ShadowQp;
 use crate::registry;
 use crate::tables::RemoteKeys;
@@ -17,7 +17,7 @@ fn find(vqpn: VQpn) -> Option<Arc<ShadowQp>> {
 
 /// Makes second QPs. A QP that is gone has no answer: its remote end will see what it sees when a peer dies.
 pub fn prepare(migration: &mut Migration, qps: &[VQpn]) -> Result<Reply, Refused> {
-    let _pass = look("the making of second QPs");
+    let _alone = alone()?;
     let mut made = Vec::with_capacity(qps.len());
     for vqpn in qps {
         let Some(qp) = find(*vqpn) else { continue };
@@ -34,7 +34,7 @@ pub fn prepare(migration: &mut Migration, qps: &[VQpn]) -> Result<Reply, Refused
 
 /// Connects second QPs.
 pub fn connect(migration: &Migration, links: &[Connect]) -> Result<Reply, Refused> {
-    let _pass = look("the connecting of second QPs");
+    let _alone = alone()?;
     for link in links {
         let Some(qp) = migration.seconds.iter().find(|q| q.vqpn() == link.vqpn && !q.is_dead()) else { continue };
         qp.connect_second(link.remote_gid, link.remote_qpn, link.sq_psn, link.rq_psn).map_err(|e| {
@@ -51,8 +51,8 @@ pub fn switch(migration: &mut Migration, links: &[SwitchLink], tables: &[KeyTabl
     if migration.adopted.is_none() && !migration.drained {
         return Err(Refused::new("the QPs have not been drained"));
     }
-    let _pass = look("the change to second QPs");
-    let tables: Vec<_> = tables.iter().map(|t| Arc::new(RemoteKeys::new(t.0.clone()))).collect();
+    let _alone = alone()?;
+    let tables: Vec<_> = tables.iter().map(|t| Arc::new(RemoteKeys::new(&t.0))).collect();
     // All or nothing is not possible any more; whatever fails concerns one QP and is said at the end.
     let mut failed = Vec::new();
     for link in links {

@@ -184,7 +184,7 @@ unsafe extern "C" fn set_sge_list(qp: *mut ibv_qp_ex, num: usize, list: *const i
             return;
         }
         // SAFETY: the caller's list.
-        b.sges.extend_from_slice(unsafe { crate::ledger::sges(list, num as c_int) });
+        b.sges.extend_from_slice(unsafe { crate::convert::sges(list, num as c_int) });
         wr.num_sge = num as c_int;
     });
 }

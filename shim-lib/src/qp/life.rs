@@ -4,16 +4,17 @@
 use std::cell::UnsafeCell;
 use std::mem::zeroed;
 use std::ptr::{addr_of_mut, null_mut};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex};
 
 use libc::c_int;
+use rdma_virt::gate::Gate;
 use rdma_virt::id::PQpn;
 use rdma_virt::saved::QpCap;
+use rdma_virt::sendq::{Polled, SendQ};
 
 use super::modify::Remembered;
-use super::recv::RecvSide;
-use super::send::SendSide;
+use super::send::{Core, Scratch};
 use super::{Links, MAGIC, RealQp, ShadowQp, builder};
 use crate::abi::{
     ibv_ece, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_ex, ibv_qp_init_attr, qp_mask, qp_type,
@@ -21,7 +22,6 @@ use crate::abi::{
 use crate::cq::{self, ShadowCq};
 use crate::entry::entry;
 use crate::events::Deliveries;
-use crate::ledger::RecvQueue;
 use crate::lock::Spin;
 use crate::pd::{self, ShadowPd};
 use crate::registry::{self, Shadow};
@@ -155,24 +155,22 @@ fn adopt(
         sq_sig_all: wish.sq_sig_all != 0,
         cap_asked,
         cap_app,
-        vqpn: AtomicU32::new(vqpn.0),
+        vqpn,
         real: AtomicPtr::new(real),
         links: Mutex::new(Links { now: RealQp { qp: real, sq_map, rq_map }, second: None, old: Vec::new() }),
-        sq: Spin::new(SendSide::new(real, real_ops.post_send)),
-        rq: Spin::new(RecvSide {
+        core: Spin::new(Core {
+            gate: Gate::new(
+                SendQ::new(cap_app.max_send_wr),
+                ShadowQp::new_recvs(srq.is_some(), &cap_app),
+                wish.sq_sig_all != 0,
+            ),
             real,
-            post: real_ops.post_recv,
-            closed: false,
-            ledger: if srq.is_some() {
-                RecvQueue::default()
-            } else {
-                RecvQueue::with_capacity(cap_app.max_recv_wr as usize)
-            },
+            post_send: real_ops.post_send,
+            post_recv: real_ops.post_recv,
+            remote_keys: None,
+            scratch: Scratch::default(),
         }),
-        received: AtomicU64::new(0),
-        send_completed: AtomicU64::new(0),
-        markers: AtomicU32::new(0),
-        failed: AtomicBool::new(false),
+        polled: Polled::default(),
         remembered: Mutex::new(Remembered::default()),
         builder: Spin::new(builder::Builder::default()),
         events: Deliveries::new(),
@@ -204,7 +202,7 @@ fn adopt(
     if ops != 0 {
         builder::install(&shadow, ops);
     }
-    shadow.ctx.qpns.insert(pqpn.0, vqpn, Arc::as_ptr(&shadow));
+    shadow.ctx.qpns.insert(pqpn, Arc::as_ptr(&shadow));
     registry::add(&shadow);
     if shadow.qp_type != qp_type::RC {
         blockers::note("ibv_create_qp", format!("qp {} of type {}", vqpn.0, shadow.qp_type), shadow.address());
@@ -287,7 +285,7 @@ entry! {
             shadow.destroy_old();
             registry::remove(&*shadow);
             blockers::forget(shadow.address());
-            shadow.ctx.qpns.remove(pqpn.0, Arc::as_ptr(&shadow));
+            shadow.ctx.qpns.remove(pqpn, Arc::as_ptr(&shadow), shadow.vqpn());
             // A poll that found this QP before it left the table is over when its CQ's lock was had once.
             drop(shadow.send_cq.hold());
             drop(shadow.recv_cq.hold());

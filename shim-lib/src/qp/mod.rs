@@ -18,12 +18,17 @@ pub mod second;
 pub mod send;
 
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rdma_virt::gate::Side;
 use rdma_virt::id::{ObjId, PQpn, VQpn};
 use rdma_virt::msg::Count;
-use rdma_virt::saved::{QpCap, QueueMap};
+use rdma_virt::quiesce::{Situation, Verdict};
+use rdma_virt::recvq::RecvQ;
+use rdma_virt::saved::{QpCap, QpPhase, QueueMap};
+use rdma_virt::sendq::Polled;
+use rdma_virt::wr::MARKER_WR_ID;
 
 use crate::abi::{ibv_qp, ibv_qp_ex, ibv_wc, wc};
 use crate::context::ShadowContext;
@@ -37,9 +42,6 @@ use crate::srq::ShadowSrq;
 pub use modify::Remembered;
 
 const MAGIC: u64 = 0x6d69_6772_7170_0001;
-
-/// `wr_id` of a work request the shim posts to learn when those before it are done.
-pub(crate) const MARKER: u64 = 0x6d69_6772_6d61_726b;
 
 /// A queue pair as the application sees it.
 #[repr(C)]
@@ -59,19 +61,12 @@ pub struct ShadowQp {
     pub cap_asked: QpCap,
     /// As told to the application.
     pub cap_app: QpCap,
-    vqpn: AtomicU32,
+    vqpn: VQpn,
     real: AtomicPtr<ibv_qp>,
     links: Mutex<Links>,
-    sq: Spin<send::SendSide>,
-    rq: Spin<recv::RecvSide>,
-    /// Two-sided messages received, counted under the receive CQ's lock.
-    received: AtomicU64,
-    /// Send completions seen, counted under the send CQ's lock.
-    send_completed: AtomicU64,
-    /// Markers of ours under way.
-    markers: AtomicU32,
-    /// A completion with an error was seen since the QP was last reset.
-    failed: AtomicBool,
+    core: Spin<send::Core>,
+    /// What polling found; written under the CQs' locks.
+    polled: Polled,
     remembered: Mutex<Remembered>,
     builder: Spin<builder::Builder>,
     pub(crate) events: Deliveries,
@@ -114,8 +109,8 @@ pub struct Progress {
     pub signalled_posted: u64,
     pub signalled_completed: u64,
     /// Sends posted after the last signalled one.
-    pub trailing_unsignalled: u32,
-    pub markers: u32,
+    pub trailing_unsignalled: u64,
+    pub markers: u64,
     pub recvs_unconsumed: usize,
     pub held: usize,
     /// The provider's send ring is empty; `None` if it cannot be looked at.
@@ -190,7 +185,7 @@ impl ShadowQp {
 
     /// The number the application knows; never changes.
     pub fn vqpn(&self) -> VQpn {
-        VQpn(self.vqpn.load(Ordering::Acquire))
+        self.vqpn
     }
 
     /// The number the NIC uses now.
@@ -222,29 +217,25 @@ impl ShadowQp {
     /// Accounts for one completion of this QP, found on `cq` under its lock.
     #[inline]
     pub(crate) fn settle(&self, cq: &ShadowCq, entry: &mut ibv_wc) -> Settled {
-        if entry.wr_id == MARKER && self.markers.load(Ordering::Acquire) > 0 {
-            self.markers.fetch_sub(1, Ordering::AcqRel);
+        if entry.wr_id == MARKER_WR_ID {
+            self.polled.marker_completed();
             return Settled::Ours;
         }
         let success = entry.status == wc::SUCCESS;
         let received = if success { entry.opcode & wc::RECV != 0 } else { self.failed_receive(cq, entry) };
         if !received {
-            // One writer at a time: the send CQ's lock.
-            self.send_completed.store(self.send_completed.load(Ordering::Relaxed) + 1, Ordering::Release);
-        } else {
-            match &self.srq {
-                Some(srq) => {
-                    if let Some(wr_id) = srq.complete(entry.wr_id) {
-                        entry.wr_id = wr_id;
-                    }
-                }
-                None => {
-                    self.rq.lock().ledger.complete();
-                }
-            }
-            if success {
-                self.received.store(self.received.load(Ordering::Relaxed) + 1, Ordering::Release);
-            }
+            self.polled.send_completed();
+            return Settled::App;
+        }
+        if let Some(srq) = &self.srq
+            && let Some(wr_id) = srq.complete(entry.wr_id)
+        {
+            entry.wr_id = wr_id;
+        }
+        match (success, self.srq.is_none()) {
+            (true, own_queue) => self.polled.message_received(own_queue),
+            (false, true) => self.polled.receive_failed(),
+            (false, false) => {}
         }
         Settled::App
     }
@@ -252,7 +243,7 @@ impl ShadowQp {
     /// A failed completion's opcode means nothing: which queue was it of?
     #[cold]
     fn failed_receive(&self, cq: &ShadowCq, entry: &ibv_wc) -> bool {
-        self.failed.store(true, Ordering::Release);
+        self.polled.set_failed();
         if !std::ptr::eq(&*self.send_cq, cq) {
             return true;
         }
@@ -260,65 +251,59 @@ impl ShadowQp {
             return false;
         }
         match &self.srq {
-            Some(srq) => srq.knows(entry.wr_id),
-            None => self.rq.lock().ledger.oldest().is_some_and(|r| r.wr_id == entry.wr_id),
+            Some(_) => rdma_virt::srq::is_slot(entry.wr_id),
+            None => self.core.lock().gate.side_of_error(entry.wr_id, &self.polled) == Side::Receive,
         }
     }
 
     /// Two-sided messages so far.
     pub fn counts(&self) -> Count {
-        Count {
-            vqpn: self.vqpn(),
-            sent: self.sq.lock().two_sided,
-            received: self.received.load(Ordering::Acquire),
-        }
+        let sent = self.core.lock().gate.sends().two_sided();
+        Count { vqpn: self.vqpn, sent, received: self.polled.messages() }
     }
 
     pub fn progress(&self) -> Progress {
-        let recvs_unconsumed = self.rq.lock().ledger.len();
         let sq_map = self.sq_map();
-        let sq = self.sq.lock();
+        let phase = self.attr().phase;
+        let core = self.core.lock();
+        let sends = core.gate.sends();
+        let completed = self.polled.sends();
         Progress {
-            signalled_posted: sq.signalled,
-            signalled_completed: self.send_completed.load(Ordering::Acquire),
-            trailing_unsignalled: sq.trailing,
-            markers: self.markers.load(Ordering::Acquire),
-            recvs_unconsumed,
-            held: sq.held.len(),
+            signalled_posted: completed + sends.outstanding(&self.polled),
+            signalled_completed: completed,
+            trailing_unsignalled: sends.trailing_unsignalled(),
+            markers: sends.markers_outstanding(&self.polled),
+            recvs_unconsumed: core.gate.recvs().map_or(0, |r| r.outstanding(&self.polled) as usize),
+            held: sends.held(),
             sq_empty: if self.ctx.driver() == "rxe" { sq_map.map(|m| provider::rxe::ring_is_empty(&m)) } else { None },
-            error: self.has_failed(),
+            error: self.polled.has_failed() || phase == QpPhase::Err,
         }
-    }
-
-    pub(crate) fn has_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire) || self.attr().phase == rdma_virt::saved::QpPhase::Err
     }
 
     /// Whether nothing of this QP is in flight any more, `expect_received` messages having been sent to it in all.
     /// Otherwise says what is missing. Right only while suspended and right after its CQs were drained.
     pub fn is_drained(&self, expect_received: u64) -> Result<(), String> {
-        let p = self.progress();
-        if p.sq_empty == Some(false) {
+        let ring_is_empty = self.progress().sq_empty;
+        if ring_is_empty == Some(false) {
             return Err("sends not completed".to_owned());
         }
-        if p.error {
-            return Ok(());
+        let srq = self.srq.as_ref().map_or(0, |s| s.unconsumed() as u64);
+        let phase = self.attr().phase;
+        let core = self.core.lock();
+        let mut situation = Situation::of(&core.gate, &self.polled, phase, Some(expect_received), srq);
+        if ring_is_empty == Some(true) {
+            // The kernel has finished with every send, so the unsignalled ones are done too.
+            situation.trailing_unsignalled = 0;
         }
-        if p.signalled_completed < p.signalled_posted {
-            return Err(format!("{} sends not completed", p.signalled_posted - p.signalled_completed));
+        match situation.verdict() {
+            Verdict::Quiet => Ok(()),
+            Verdict::PostMarker | Verdict::Wait => Err(situation.why()),
         }
-        if p.sq_empty.is_none() && (p.markers > 0 || p.trailing_unsignalled > 0) {
-            return Err(format!("{} unsignalled sends not known to be completed", p.trailing_unsignalled));
-        }
-        let received = self.received.load(Ordering::Acquire);
-        if received < expect_received {
-            return Err(format!(
-                "waiting for {} messages, {} receives posted",
-                expect_received - received,
-                self.srq.as_ref().map_or(p.recvs_unconsumed, |s| s.unconsumed())
-            ));
-        }
-        Ok(())
+    }
+
+    /// A new ledger for the receives of a QP with these capacities; none if it uses an SRQ.
+    pub(crate) fn new_recvs(has_srq: bool, cap: &QpCap) -> Option<RecvQ> {
+        (!has_srq).then(|| RecvQ::new(cap.max_recv_wr, cap.max_recv_sge))
     }
 }
 

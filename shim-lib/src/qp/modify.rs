@@ -157,7 +157,7 @@ impl ShadowQp {
                     ask.ah_attr.grh.dgid.raw = found.pgid.0;
                     ask.dest_qp_num = found.pqpn.0;
                     remote = Some(Remote { vgid, vqpn, pgid: found.pgid, pqpn: found.pqpn });
-                    let keys = (!found.keys.is_empty()).then(|| Arc::new(RemoteKeys::new(found.keys)));
+                    let keys = (!found.keys.is_empty()).then(|| Arc::new(RemoteKeys::new(&found.keys)));
                     self.set_remote_keys(keys);
                 }
                 Err(e) => return Errno::answer(Err(e)),
@@ -186,29 +186,23 @@ impl ShadowQp {
 
     /// After a reset nothing that was posted will ever complete.
     fn forget_work(&self) {
-        use std::sync::atomic::Ordering;
-        self.rq.lock().ledger.clear();
-        let mut sq = self.sq.lock();
-        sq.reset();
-        self.received.store(0, Ordering::Release);
-        self.send_completed.store(0, Ordering::Release);
-        self.markers.store(0, Ordering::Release);
-        self.failed.store(false, Ordering::Release);
+        let _nobody_polls = self.send_cq().hold();
+        let _nor_here = (!Arc::ptr_eq(self.send_cq(), self.recv_cq())).then(|| self.recv_cq().hold());
+        self.core.lock().gate.reset(&self.polled);
     }
 
     /// Points the library's object at another kernel object, and the tables with it. The caller has the gate shut.
     pub fn patch(&self, handle: u32, pqpn: PQpn, remote: Option<Remote>) {
         let before = self.pqpn();
         let this: *const Self = self;
-        self.ctx().qpns.remove(before.0, this);
+        self.ctx().qpns.remove(before, this, self.vqpn());
         // SAFETY: the real QP of a shadow that is not dead.
         unsafe {
             (*self.real()).handle = handle;
             (*self.real()).qp_num = pqpn.0;
             (*self.real()).events_completed = 0;
         }
-        self.ctx().qpns.insert(pqpn.0, self.vqpn(), this);
-        self.restart_counts();
+        self.ctx().qpns.insert(pqpn, this);
         if remote.is_some() {
             self.set_remote(remote);
         }

@@ -5,71 +5,39 @@
 use std::ptr::null_mut;
 
 use libc::c_int;
-use rdma_virt::id::VLkey;
+use rdma_virt::gate::RecvPath;
 
 use super::ShadowQp;
+use super::send::Core;
 use crate::abi::{ibv_qp, ibv_recv_wr, ibv_sge};
+use crate::convert::{sges, with_sges};
 use crate::entry::boundary;
 use crate::errno::Errno;
-use crate::ledger::{Recv, RecvQueue};
-use crate::tables::KeyMaps;
-
-type PostOp = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int;
-
-/// What the lock of the receive side protects.
-pub(crate) struct RecvSide {
-    pub real: *mut ibv_qp,
-    pub post: Option<PostOp>,
-    /// Receives are only remembered: the real queue is at its end.
-    pub closed: bool,
-    pub ledger: RecvQueue,
-}
-
-// SAFETY: pointers to objects of the library, used under the lock.
-unsafe impl Send for RecvSide {}
-
-/// A receive's SGEs with the keys the NIC knows.
-pub(crate) fn physical(keys: &KeyMaps, list: &[ibv_sge]) -> Vec<ibv_sge> {
-    list.iter().map(|s| ibv_sge { lkey: keys.lkey(VLkey(s.lkey)).0, ..*s }).collect()
-}
 
 impl ShadowQp {
     /// # Safety
     /// `wr` is a list of valid receives; `bad` has room for a pointer.
     #[inline]
     pub(crate) unsafe fn post_recv(&self, wr: *mut ibv_recv_wr, bad: *mut *mut ibv_recv_wr) -> c_int {
-        let mut rq = self.rq.lock();
-        let Some(post) = rq.post else { return libc::EOPNOTSUPP };
-        if rq.closed || self.srq().is_some() || self.ctx().keys.moved() {
+        let mut core = self.core.lock();
+        let Some(post) = core.post_recv else { return libc::EOPNOTSUPP };
+        if self.srq().is_some() || core.gate.recv() == RecvPath::LedgerOnly || self.ctx().keys.is_translating() {
             // SAFETY: the caller's promise.
-            return unsafe { self.post_recv_one_by_one(&mut rq, post, wr, bad) };
-        }
-        let mut added = 0;
-        let mut each = wr;
-        while !each.is_null() {
-            // SAFETY: the caller's list.
-            unsafe {
-                if (*each).num_sge > self.cap_app.max_recv_sge as c_int {
-                    // The library will refuse it; do not copy what may not be there.
-                    break;
-                }
-                rq.ledger.push_posted(Recv::new(each));
-                each = (*each).next;
-            }
-            added += 1;
+            return unsafe { self.post_recv_one_by_one(&mut core, wr, bad) };
         }
         let mut failed = null_mut();
         // SAFETY: the real QP of a live shadow; the caller's list.
-        let answer = unsafe { post(rq.real, wr, &raw mut failed) };
-        if answer != 0 && !failed.is_null() {
-            let mut taken = 0;
-            let mut each = wr;
-            while !each.is_null() && each != failed {
-                taken += 1;
-                // SAFETY: the caller's list.
-                each = unsafe { (*each).next };
+        let answer = unsafe { post(core.real, wr, &raw mut failed) };
+        let mut each = wr;
+        while !each.is_null() && (answer == 0 || each != failed) {
+            // SAFETY: the caller's list; the library took this one.
+            unsafe {
+                let list = sges((*each).sg_list, (*each).num_sge);
+                with_sges(list, |list| core.gate.recv_posted((*each).wr_id, list, &self.polled));
+                each = (*each).next;
             }
-            rq.ledger.take_back(added - taken.min(added));
+        }
+        if answer != 0 && !failed.is_null() {
             // SAFETY: the caller's room.
             unsafe { *bad = failed };
         }
@@ -79,32 +47,13 @@ impl ShadowQp {
     #[cold]
     unsafe fn post_recv_one_by_one(
         &self,
-        rq: &mut RecvSide,
-        post: PostOp,
+        core: &mut Core,
         mut wr: *mut ibv_recv_wr,
         bad: *mut *mut ibv_recv_wr,
     ) -> c_int {
         while !wr.is_null() {
-            // SAFETY: the caller's list and room.
-            let answer = unsafe {
-                if self.srq().is_some() || (*wr).num_sge > self.cap_app.max_recv_sge as c_int {
-                    libc::EINVAL
-                } else if rq.closed {
-                    if rq.ledger.len() >= self.cap_app.max_recv_wr as usize {
-                        libc::ENOMEM
-                    } else {
-                        rq.ledger.push_waiting(Recv::new(wr));
-                        0
-                    }
-                } else {
-                    let recv = Recv::new(wr);
-                    let answer = self.give(rq.real, post, &recv);
-                    if answer == 0 {
-                        rq.ledger.push_posted(recv);
-                    }
-                    answer
-                }
-            };
+            // SAFETY: the caller's list.
+            let answer = unsafe { self.post_one_recv(core, &*wr) };
             if answer != 0 {
                 // SAFETY: the caller's room.
                 unsafe { *bad = wr };
@@ -116,43 +65,60 @@ impl ShadowQp {
         0
     }
 
-    /// Gives one receive to a real QP.
-    fn give(&self, real: *mut ibv_qp, post: PostOp, recv: &Recv) -> c_int {
-        let mut list = physical(&self.ctx().keys, recv.sges.as_slice());
-        let mut wr = ibv_recv_wr {
-            wr_id: recv.wr_id,
+    /// # Safety
+    /// A valid receive.
+    unsafe fn post_one_recv(&self, core: &mut Core, wr: &ibv_recv_wr) -> c_int {
+        if self.srq().is_some() || wr.num_sge < 0 || wr.num_sge as u32 > self.cap_app.max_recv_sge {
+            return libc::EINVAL;
+        }
+        // SAFETY: the caller's promise.
+        let list = unsafe { sges(wr.sg_list, wr.num_sge) };
+        if core.gate.recv() == RecvPath::LedgerOnly {
+            let kept = with_sges(list, |l| core.gate.recv_remember(wr.wr_id, l, &self.polled));
+            return kept.map_or(libc::ENOMEM, |()| 0);
+        }
+        let Some(post) = core.post_recv else { return libc::EOPNOTSUPP };
+        let keys = &self.ctx().keys;
+        let mut translated: Vec<ibv_sge> = list
+            .iter()
+            .map(|s| ibv_sge { lkey: keys.physical(rdma_virt::id::VLkey(s.lkey)).0, ..*s })
+            .collect();
+        let mut copy = ibv_recv_wr {
+            wr_id: wr.wr_id,
             next: null_mut(),
-            sg_list: list.as_mut_ptr(),
-            num_sge: list.len() as c_int,
+            sg_list: translated.as_mut_ptr(),
+            num_sge: translated.len() as c_int,
         };
         let mut failed = null_mut();
-        // SAFETY: built above; a live real QP.
-        unsafe { post(real, &raw mut wr, &raw mut failed) }
-    }
-
-    /// Receives from now on are only remembered.
-    pub fn close_rq(&self) {
-        self.rq.lock().closed = true;
-    }
-
-    /// Gives every receive that has not completed to the present real QP, which has none yet, and opens again.
-    pub fn repost_recvs(&self) -> Result<usize, Errno> {
-        self.rq.lock().ledger.forget_posting();
-        self.reopen_rq()
-    }
-
-    /// Gives the receives that were only remembered to the present real QP, and opens again.
-    pub fn reopen_rq(&self) -> Result<usize, Errno> {
-        let mut rq = self.rq.lock();
-        let post = rq.post.ok_or(Errno(libc::EOPNOTSUPP))?;
-        let mut given = 0;
-        while let Some(recv) = rq.ledger.next_waiting().cloned() {
-            Errno::check(self.give(rq.real, post, &recv))?;
-            rq.ledger.mark_posted();
-            given += 1;
+        // SAFETY: built above; the real QP of a live shadow.
+        let answer = unsafe { post(core.real, &raw mut copy, &raw mut failed) };
+        if answer == 0 {
+            with_sges(list, |l| core.gate.recv_posted(wr.wr_id, l, &self.polled));
         }
-        rq.closed = false;
-        Ok(given)
+        answer
+    }
+
+    /// Nothing is under way any more: receives from now on are only remembered.
+    pub fn close_rq(&self) {
+        let mut core = self.core.lock();
+        // Legal from every stage a drained QP can be in; a repetition changes nothing.
+        let _ = core.gate.drain();
+        let _ = core.gate.close();
+    }
+
+    /// The NIC's queues were replaced by new, empty ones: gives them every receive that has not completed.
+    pub fn repost_recvs(&self) -> Result<usize, Errno> {
+        let mut core = self.core.lock();
+        core.gate.switch(&self.polled).map_err(|_| Errno(libc::EBUSY))?;
+        self.flush(&mut core, false)
+    }
+
+    /// The stop led nowhere, the NIC's queues are the old ones: gives them the receives that were only remembered.
+    /// Held sends go out with [`Self::resume`].
+    pub fn reopen_rq(&self) -> Result<usize, Errno> {
+        let mut core = self.core.lock();
+        core.gate.abort().map_err(|_| Errno(libc::EBUSY))?;
+        self.flush(&mut core, false)
     }
 }
 

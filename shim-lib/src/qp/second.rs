@@ -56,7 +56,7 @@ impl ShadowQp {
             }
             let pqpn = (*qp).qp_num;
             // Its completions, should there be any, are this QP's.
-            self.ctx().qpns.insert(pqpn, self.vqpn(), self);
+            self.ctx().qpns.insert(PQpn(pqpn), self);
             self.links().second = Some(RealQp { qp, sq_map, rq_map });
             Ok(PQpn(pqpn))
         }
@@ -90,29 +90,14 @@ impl ShadowQp {
             links.old.push(old);
             second
         };
-        let mut rq = self.rq.lock();
-        let mut sq = self.sq.lock();
-        self.real.store(second.qp, Ordering::Release);
-        rq.real = second.qp;
-        sq.real = second.qp;
-        sq.remote_keys = keys;
-        sq.trailing = 0;
-        sq.two_sided = 0;
-        sq.signalled = self.send_completed.load(Ordering::Acquire);
-        self.received.store(0, Ordering::Release);
-        drop(sq);
-        drop(rq);
+        {
+            let mut core = self.core.lock();
+            self.real.store(second.qp, Ordering::Release);
+            core.real = second.qp;
+        }
+        self.set_remote_keys(keys);
         self.set_remote(Some(remote));
         Ok(())
-    }
-
-    /// Two-sided messages are counted from zero again: both ends start on new QPs.
-    pub fn restart_counts(&self) {
-        let mut sq = self.sq.lock();
-        sq.two_sided = 0;
-        sq.trailing = 0;
-        sq.signalled = self.send_completed.load(Ordering::Acquire);
-        self.received.store(0, Ordering::Release);
     }
 
     /// Gives the second QP up.
@@ -137,7 +122,7 @@ impl ShadowQp {
             let pqpn = (*one.qp).qp_num;
             // Directly, never through ERR: that would flush completions into the application's CQ.
             if verbs::destroy_qp(one.qp).and_then(Errno::check).is_ok() {
-                self.ctx().qpns.remove(pqpn, self);
+                self.ctx().qpns.remove(PQpn(pqpn), self, self.vqpn());
             }
         }
     }

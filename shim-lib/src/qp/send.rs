@@ -1,133 +1,77 @@
-//! Posting sends. The lock of the send side covers [is it suspended; translate; post; count]: whoever sets the flag
-//! and then gets the lock once knows that every send of before is on the queue and counted, and every later one is
-//! held.
+//! Posting sends. What to do with one is decided by the QP's [`Gate`], under the lock that also covers the call into
+//! the library: whoever changes the stage under it knows that every send of before is on the queue and counted, and
+//! every later one goes by the new stage.
 #![expect(unsafe_code, reason = "C lists of work requests")]
 
-use std::collections::VecDeque;
 use std::mem::zeroed;
 use std::ptr::null_mut;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use libc::c_int;
+use rdma_virt::gate::{Flush, Gate, Passing, SendPath, Stage};
 use rdma_virt::id::{VLkey, VRkey};
+use rdma_virt::wr::MARKER_WR_ID;
 
-use super::{MARKER, ShadowQp};
-use crate::abi::{ibv_mr, ibv_qp, ibv_send_wr, ibv_sge, qp_state, send_flags, wr_opcode, wr_rdma};
+use super::ShadowQp;
+use crate::abi::{ibv_mr, ibv_qp, ibv_recv_wr, ibv_send_wr, ibv_sge, qp_state, send_flags, wr_opcode, wr_rdma};
+use crate::convert::{hold, physical, release, sges};
 use crate::entry::boundary;
 use crate::errno::Errno;
-use crate::ledger::{Held, sges};
-use crate::tables::RemoteKeys;
+use crate::tables::{LocalKeys, RemoteKeys};
 
 /// Work requests posted by one call of the library when they have to be copied.
 const CHUNK: usize = 16;
 
-type PostOp = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int;
+pub(crate) type PostSend = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int;
+pub(crate) type PostRecv = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int;
 
-/// What the lock of the send side protects.
-pub(crate) struct SendSide {
+/// What the lock of a QP protects.
+pub(crate) struct Core {
+    pub gate: Gate,
+    /// The library's QP that posts go to.
     pub real: *mut ibv_qp,
-    pub post: Option<PostOp>,
-    pub suspended: bool,
-    pub held: VecDeque<Held>,
-    /// Signalled sends posted.
-    pub signalled: u64,
-    /// Sends posted since the last signalled one.
-    pub trailing: u32,
-    /// Sends that consume a receive at the other end.
-    pub two_sided: u64,
+    pub post_send: Option<PostSend>,
+    pub post_recv: Option<PostRecv>,
     pub remote_keys: Option<Arc<RemoteKeys>>,
-    scratch: Scratch,
+    pub scratch: Scratch,
 }
 
 // SAFETY: pointers to objects of the library, used under the lock.
-unsafe impl Send for SendSide {}
+unsafe impl Send for Core {}
 
 /// Room for translated copies, so that posting allocates only the first time a QP needs them.
 #[derive(Default)]
-struct Scratch {
+pub(crate) struct Scratch {
     wrs: Vec<ibv_send_wr>,
     sges: Vec<ibv_sge>,
 }
 
-/// What a list of sends adds to the counts.
-#[derive(Clone, Copy, Default)]
-struct Tally {
-    signalled: u64,
-    two_sided: u64,
-    /// Unsignalled sends after the last signalled one.
-    trailing: u32,
-    any_signalled: bool,
-    /// Something in it names an object of ours and cannot be passed on as it is.
-    names_objects: bool,
+fn is_signalled(wr: &ibv_send_wr, sig_all: bool) -> bool {
+    sig_all || wr.send_flags & send_flags::SIGNALED != 0
 }
 
-impl Tally {
-    #[inline]
-    fn add(&mut self, wr: &ibv_send_wr, all_signalled: bool) {
-        if all_signalled || wr.send_flags & send_flags::SIGNALED != 0 {
-            self.signalled += 1;
-            self.any_signalled = true;
-            self.trailing = 0;
-        } else {
-            self.trailing += 1;
-        }
-        self.two_sided += u64::from(is_two_sided(wr.opcode));
-        self.names_objects |= wr.opcode == wr_opcode::BIND_MW;
-    }
-
-    /// Of the list from `wr` up to `end`, which is not in it; null for all.
-    #[inline]
-    unsafe fn of(mut wr: *const ibv_send_wr, end: *const ibv_send_wr, all_signalled: bool) -> Self {
-        let mut tally = Self::default();
-        while !wr.is_null() && wr != end {
-            // SAFETY: the caller's list.
-            unsafe {
-                tally.add(&*wr, all_signalled);
-                wr = (*wr).next;
+/// Puts physical remote keys and objects into a send.
+fn translate(remote: Option<&RemoteKeys>, keys: &LocalKeys, wr: &mut ibv_send_wr) {
+    let abroad = |key: u32| remote.map_or(key, |r| r.physical(VRkey(key)).0);
+    // SAFETY: the opcode says which member of the union is in use.
+    unsafe {
+        match wr.opcode {
+            wr_opcode::RDMA_WRITE | wr_opcode::RDMA_WRITE_WITH_IMM | wr_opcode::RDMA_READ => {
+                wr.wr.rdma.rkey = abroad(wr.wr.rdma.rkey);
             }
+            wr_opcode::ATOMIC_CMP_AND_SWP | wr_opcode::ATOMIC_FETCH_AND_ADD => {
+                wr.wr.atomic.rkey = abroad(wr.wr.atomic.rkey);
+            }
+            wr_opcode::SEND_WITH_INV => wr.imm_data = abroad(wr.imm_data),
+            // A region's two keys are one number where they can be invalidated at all.
+            wr_opcode::LOCAL_INV => wr.imm_data = keys.physical(VLkey(wr.imm_data)).0,
+            wr_opcode::BIND_MW => {
+                let mr: *mut ibv_mr = wr.tail.bind_mw.bind_info.mr;
+                wr.tail.bind_mw.bind_info.mr = crate::mr::unwrap(mr);
+            }
+            _ => {}
         }
-        tally
-    }
-}
-
-/// Whether a send consumes a receive of the other end.
-pub(crate) fn is_two_sided(opcode: u32) -> bool {
-    matches!(
-        opcode,
-        wr_opcode::SEND | wr_opcode::SEND_WITH_IMM | wr_opcode::SEND_WITH_INV | wr_opcode::RDMA_WRITE_WITH_IMM
-    )
-}
-
-impl SendSide {
-    pub fn new(real: *mut ibv_qp, post: Option<PostOp>) -> Self {
-        Self {
-            real,
-            post,
-            suspended: false,
-            held: VecDeque::new(),
-            signalled: 0,
-            trailing: 0,
-            two_sided: 0,
-            remote_keys: None,
-            scratch: Scratch::default(),
-        }
-    }
-
-    #[inline]
-    fn count(&mut self, tally: &Tally) {
-        self.signalled += tally.signalled;
-        self.two_sided += tally.two_sided;
-        self.trailing = if tally.any_signalled { tally.trailing } else { self.trailing + tally.trailing };
-    }
-
-    /// The QP starts a new life.
-    pub fn reset(&mut self) {
-        self.held.clear();
-        self.signalled = 0;
-        self.trailing = 0;
-        self.two_sided = 0;
     }
 }
 
@@ -136,140 +80,61 @@ impl ShadowQp {
     /// `wr` is a list of valid sends; `bad` has room for a pointer.
     #[inline]
     pub(crate) unsafe fn post_send(&self, wr: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
-        let mut sq = self.sq.lock();
-        if sq.suspended {
-            // SAFETY: the caller's promise.
-            return unsafe { self.hold(&mut sq, wr, bad) };
-        }
+        let mut guard = self.core.lock();
+        let core = &mut *guard;
+        let mut passing = match core.gate.send() {
+            SendPath::Pass(passing) => passing,
+            SendPath::Hold(_) => {
+                drop(guard);
+                // SAFETY: the caller's promise.
+                return unsafe { self.hold_sends(wr, bad) };
+            }
+        };
+        let Some(post) = core.post_send else { return libc::EOPNOTSUPP };
         // SAFETY: the caller's list.
-        let tally = unsafe { Tally::of(wr, null_mut(), self.sq_sig_all) };
-        if tally.names_objects || sq.remote_keys.is_some() || self.ctx().keys.moved() {
+        let copy = core.remote_keys.is_some() || self.ctx().keys.is_translating() || unsafe { names_objects(wr) };
+        if copy {
+            let to = Target { real: core.real, post, remote: core.remote_keys.as_deref(), keys: &self.ctx().keys };
             // SAFETY: as above.
-            return unsafe { self.post_copies(&mut sq, wr, bad) };
+            return unsafe { post_copies(&to, &mut core.scratch, &mut passing, self.sq_sig_all, wr, bad) };
         }
-        let Some(post) = sq.post else { return libc::EOPNOTSUPP };
         let mut failed = null_mut();
         // SAFETY: the real QP of a live shadow; the caller's list.
-        let answer = unsafe { post(sq.real, wr, &raw mut failed) };
-        if answer == 0 {
-            sq.count(&tally);
-        } else {
-            // SAFETY: `failed` is in the list, or null when all were posted but the doorbell failed.
-            let part = unsafe { Tally::of(wr, failed, self.sq_sig_all) };
-            sq.count(&part);
-            if !failed.is_null() {
-                // SAFETY: the caller's room.
-                unsafe { *bad = failed };
+        let answer = unsafe { post(core.real, wr, &raw mut failed) };
+        // On failure `failed` is in the list, or null when all were taken but the doorbell failed.
+        let end = if answer == 0 { null_mut() } else { failed };
+        let mut each = wr;
+        while !each.is_null() && each != end {
+            // SAFETY: the caller's list.
+            unsafe {
+                passing.posted((*each).opcode, is_signalled(&*each, self.sq_sig_all));
+                each = (*each).next;
             }
+        }
+        if answer != 0 && !failed.is_null() {
+            // SAFETY: the caller's room.
+            unsafe { *bad = failed };
         }
         answer
     }
 
-    /// Posts translated copies, a chunk at a time.
-    #[cold]
-    unsafe fn post_copies(&self, sq: &mut SendSide, mut wr: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
-        while !wr.is_null() {
-            let mut originals = [null_mut(); CHUNK];
-            let mut n = 0;
-            while n < CHUNK && !wr.is_null() {
-                originals[n] = wr;
-                n += 1;
-                // SAFETY: the caller's list.
-                wr = unsafe { (*wr).next };
-            }
-            // SAFETY: n entries of the caller's list.
-            let items = originals[..n].iter().map(|o| unsafe { (**o, sges((**o).sg_list, (**o).num_sge)) });
-            let (posted, answer) = self.post_chunk(sq, items);
-            if answer != 0 {
-                if posted < n {
-                    // SAFETY: the caller's room.
-                    unsafe { *bad = originals[posted] };
-                }
-                return answer;
-            }
-        }
-        0
-    }
-
-    /// Posts up to [`CHUNK`] sends with keys and objects made physical. How many the library took, and its answer.
-    fn post_chunk<'a>(
-        &self,
-        sq: &mut SendSide,
-        items: impl Iterator<Item = (ibv_send_wr, &'a [ibv_sge])>,
-    ) -> (usize, c_int) {
-        let Some(post) = sq.post else { return (0, libc::EOPNOTSUPP) };
-        let mut scratch = std::mem::take(&mut sq.scratch);
-        scratch.wrs.clear();
-        scratch.sges.clear();
-        for (mut wr, list) in items.take(CHUNK) {
-            // Offsets for now: the list of SGEs may still move while it grows.
-            wr.sg_list = std::ptr::without_provenance_mut(scratch.sges.len());
-            wr.num_sge = list.len() as c_int;
-            scratch.sges.extend(list.iter().map(|s| ibv_sge { lkey: self.ctx().keys.lkey(VLkey(s.lkey)).0, ..*s }));
-            self.translate(sq.remote_keys.as_deref(), &mut wr);
-            scratch.wrs.push(wr);
-        }
-        let (wrs, list) = (scratch.wrs.as_mut_ptr(), scratch.sges.as_mut_ptr());
-        let n = scratch.wrs.len();
-        for i in 0..n {
-            // SAFETY: i < n; offsets were taken from the length of the list.
-            unsafe {
-                (*wrs.add(i)).sg_list = list.add((*wrs.add(i)).sg_list.addr());
-                (*wrs.add(i)).next = if i + 1 < n { wrs.add(i + 1) } else { null_mut() };
-            }
-        }
-        let mut failed = null_mut();
-        // SAFETY: a list just built; the real QP of a live shadow.
-        let answer = if n == 0 { 0 } else { unsafe { post(sq.real, wrs, &raw mut failed) } };
-        let posted = if answer == 0 || failed.is_null() {
-            n
-        } else {
-            // SAFETY: the library names an entry of the list it was given.
-            usize::try_from(unsafe { failed.offset_from(wrs) }).unwrap_or(0).min(n)
-        };
-        for wr in &scratch.wrs[..posted] {
-            let mut tally = Tally::default();
-            tally.add(wr, self.sq_sig_all);
-            sq.count(&tally);
-        }
-        sq.scratch = scratch;
-        (posted, answer)
-    }
-
-    fn translate(&self, remote: Option<&RemoteKeys>, wr: &mut ibv_send_wr) {
-        let keys = &self.ctx().keys;
-        let abroad = |key: u32| remote.map_or(key, |r| r.translate(VRkey(key)).0);
-        // SAFETY: the opcode says which member of the union is in use.
-        unsafe {
-            match wr.opcode {
-                wr_opcode::RDMA_WRITE | wr_opcode::RDMA_WRITE_WITH_IMM | wr_opcode::RDMA_READ => {
-                    wr.wr.rdma.rkey = abroad(wr.wr.rdma.rkey);
-                }
-                wr_opcode::ATOMIC_CMP_AND_SWP | wr_opcode::ATOMIC_FETCH_AND_ADD => {
-                    wr.wr.atomic.rkey = abroad(wr.wr.atomic.rkey);
-                }
-                wr_opcode::SEND_WITH_INV => wr.imm_data = abroad(wr.imm_data),
-                wr_opcode::LOCAL_INV => wr.imm_data = keys.rkey(VRkey(wr.imm_data)).0,
-                wr_opcode::BIND_MW => {
-                    let mr: *mut ibv_mr = wr.tail.bind_mw.bind_info.mr;
-                    wr.tail.bind_mw.bind_info.mr = crate::mr::unwrap(mr);
-                }
-                _ => {}
-            }
-        }
-    }
-
     /// Keeps sends for later. Full, it answers as a full queue does.
     #[cold]
-    unsafe fn hold(&self, sq: &mut SendSide, mut wr: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
+    unsafe fn hold_sends(&self, mut wr: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
+        let mut core = self.core.lock();
+        let SendPath::Hold(mut holding) = core.gate.send() else {
+            drop(core);
+            // It was resumed in between.
+            // SAFETY: the caller's promise.
+            return unsafe { self.post_send(wr, bad) };
+        };
+        let datagram = self.qp_type == UD;
         while !wr.is_null() {
-            let in_flight = sq.signalled.saturating_sub(self.send_completed.load(Ordering::Acquire));
-            // SAFETY: the caller's list and room.
+            // SAFETY: the caller's list.
             let answer = unsafe {
-                if sq.held.len() as u64 + in_flight >= u64::from(self.cap_app.max_send_wr) {
-                    libc::ENOMEM
-                } else {
-                    self.check(&*wr)
+                match self.check(&*wr) {
+                    0 => holding.hold(hold(&*wr, datagram)).map_or(libc::ENOMEM, |()| 0),
+                    error => error,
                 }
             };
             if answer != 0 {
@@ -278,13 +143,7 @@ impl ShadowQp {
                 return answer;
             }
             // SAFETY: the caller's list.
-            unsafe {
-                let mut held = Held::new(wr);
-                held.wr.next = null_mut();
-                held.wr.sg_list = null_mut();
-                sq.held.push_back(held);
-                wr = (*wr).next;
-            }
+            wr = unsafe { (*wr).next };
         }
         0
     }
@@ -300,63 +159,106 @@ impl ShadowQp {
         if wr.send_flags & send_flags::INLINE != 0 && length > u64::from(self.cap_app.max_inline_data) {
             return libc::EINVAL;
         }
-        if matches!(wr.opcode, wr_opcode::ATOMIC_CMP_AND_SWP | wr_opcode::ATOMIC_FETCH_AND_ADD) {
-            // SAFETY: the opcode says so.
-            let address = unsafe { wr.wr.atomic.remote_addr };
-            if length < 8 || address & 7 != 0 {
-                return libc::EINVAL;
+        match wr.opcode {
+            wr_opcode::ATOMIC_CMP_AND_SWP | wr_opcode::ATOMIC_FETCH_AND_ADD => {
+                // SAFETY: the opcode says so.
+                let address = unsafe { wr.wr.atomic.remote_addr };
+                if length < 8 || address & 7 != 0 { libc::EINVAL } else { 0 }
             }
+            // Names an object that may be gone by then. A full queue is something every poster copes with.
+            wr_opcode::BIND_MW => libc::ENOMEM,
+            _ => 0,
         }
-        0
+    }
+
+    /// A verb other than `ibv_post_send` that posts one send. It cannot be held: while suspended the queue is full.
+    pub(crate) fn post_foreign(&self, opcode: u32, flags: u32, op: impl FnOnce(*mut ibv_qp) -> c_int) -> c_int {
+        let mut guard = self.core.lock();
+        let core = &mut *guard;
+        let SendPath::Pass(mut passing) = core.gate.send() else { return libc::ENOMEM };
+        let answer = op(core.real);
+        if answer == 0 {
+            passing.posted(opcode, self.sq_sig_all || flags & send_flags::SIGNALED != 0);
+        }
+        answer
     }
 
     // ---- suspension ------------------------------------------------------------------------------------------------
 
     /// From now on sends are held. Returns when no thread is inside a post that saw the QP unsuspended.
     pub fn suspend(&self, deadline: Instant) -> Result<(), Errno> {
-        self.sq.lock_until(deadline).ok_or(Errno(libc::ETIMEDOUT))?.suspended = true;
-        Ok(())
+        let mut core = self.core.lock_until(deadline).ok_or(Errno(libc::ETIMEDOUT))?;
+        core.gate.suspend().map_err(|_| Errno(libc::EBUSY))
     }
 
-    pub fn is_suspended(&self) -> bool {
-        self.sq.lock().suspended
+    pub fn stage(&self) -> Stage {
+        self.core.lock().gate.stage()
     }
 
     /// Lets held sends go out in order, then ends the suspension. `Ok` is how many went; `Err` is how many are left
     /// because the queue is full, with the QP still suspended: call again when some have completed.
     pub fn resume(&self) -> Result<usize, usize> {
-        let mut sq = self.sq.lock();
-        let mut sent = 0;
-        while !sq.held.is_empty() {
-            let mut held = std::mem::take(&mut sq.held);
-            let outgoing: Vec<_> = held.iter().take(CHUNK).map(|h| (h.wr, h.outgoing())).collect();
-            let (posted, answer) = self.post_chunk(&mut sq, outgoing.iter().map(|(wr, s)| (*wr, s.as_slice())));
-            held.drain(..posted);
-            sent += posted;
-            if answer == libc::ENOMEM && posted == 0 {
-                let left = held.len();
-                sq.held = held;
-                return Err(left);
-            }
-            if answer != 0 && answer != libc::ENOMEM && posted == 0 {
-                // Refused for good: the poster was told it was accepted, so the QP fails as it does for a request
-                // the NIC finds wrong.
-                held.pop_front();
-                self.fail_hard();
-            }
-            sq.held = held;
+        let mut core = self.core.lock();
+        if core.gate.resume().is_err() && core.gate.abort().is_err() {
+            // Already flushing.
         }
-        sq.suspended = false;
-        Ok(sent)
+        match self.flush(&mut core, true) {
+            Ok(sent) => Ok(sent),
+            Err(_) => Err(core.gate.sends().held().max(1)),
+        }
+    }
+
+    /// Gives the NIC what the gate names next: receives, and if `sends` also held sends, each oldest first.
+    pub(crate) fn flush(&self, core: &mut Core, sends: bool) -> Result<usize, Errno> {
+        let keys = &self.ctx().keys;
+        let mut given = 0;
+        loop {
+            let answer = match core.gate.next_flush() {
+                Flush::Done => return Ok(given),
+                Flush::Receive(receive) => {
+                    let post = core.post_recv.ok_or(Errno(libc::EOPNOTSUPP))?;
+                    let mut list = physical(keys, receive.sges);
+                    let (sg_list, num_sge) = (list.as_mut_ptr(), list.len() as c_int);
+                    let mut wr = ibv_recv_wr { wr_id: receive.wr_id, next: null_mut(), sg_list, num_sge };
+                    let mut failed = null_mut();
+                    // SAFETY: built above; the real QP of a live shadow.
+                    let answer = unsafe { post(core.real, &raw mut wr, &raw mut failed) };
+                    Errno::check(answer)?;
+                    core.gate.receive_flushed();
+                    answer
+                }
+                Flush::Send(_) if !sends => return Ok(given),
+                Flush::Send(held) => {
+                    let post = core.post_send.ok_or(Errno(libc::EOPNOTSUPP))?;
+                    let (mut wr, mut list) = release(held, keys);
+                    wr.sg_list = list.as_mut_ptr();
+                    translate(core.remote_keys.as_deref(), keys, &mut wr);
+                    let mut failed = null_mut();
+                    // SAFETY: built above; an inline payload is alive in the ledger until `send_flushed`.
+                    let answer = unsafe { post(core.real, &raw mut wr, &raw mut failed) };
+                    if answer == libc::ENOMEM {
+                        return Err(Errno(answer));
+                    }
+                    core.gate.send_flushed();
+                    answer
+                }
+            };
+            if answer != 0 {
+                // Refused for good, but its poster was told that it was accepted: the QP fails, as it does for a
+                // request the NIC finds wrong.
+                self.fail(core.real);
+            }
+            given += 1;
+        }
     }
 
     #[cold]
-    fn fail_hard(&self) {
+    fn fail(&self, real: *mut ibv_qp) {
         // SAFETY: all-zero is a valid attribute struct; the real QP of a live shadow.
         unsafe {
             let mut attr: crate::abi::ibv_qp_attr = zeroed();
             attr.qp_state = qp_state::ERR;
-            let _ = crate::real::verbs::modify_qp(self.real(), &raw mut attr, crate::abi::qp_mask::STATE);
+            let _ = crate::real::verbs::modify_qp(real, &raw mut attr, crate::abi::qp_mask::STATE);
         }
     }
 
@@ -369,51 +271,115 @@ impl ShadowQp {
         if self.progress().sq_empty.is_some() {
             return Ok(false);
         }
-        let mut sq = self.sq.lock();
-        if sq.trailing == 0 || self.markers.load(Ordering::Acquire) > 0 {
+        let mut core = self.core.lock();
+        let sends = core.gate.sends();
+        if sends.trailing_unsignalled() == 0 || sends.markers_outstanding(&self.polled) > 0 {
             return Ok(false);
         }
-        let post = sq.post.ok_or(Errno(libc::EOPNOTSUPP))?;
+        let post = core.post_send.ok_or(Errno(libc::EOPNOTSUPP))?;
         // SAFETY: all-zero is a valid work request.
         let mut wr: ibv_send_wr = unsafe { zeroed() };
-        wr.wr_id = MARKER;
+        wr.wr_id = MARKER_WR_ID;
         wr.opcode = wr_opcode::RDMA_WRITE;
         wr.send_flags = send_flags::SIGNALED;
         wr.wr.rdma = wr_rdma { remote_addr: 0, rkey: 0 };
         let mut failed = null_mut();
-        self.markers.fetch_add(1, Ordering::AcqRel);
         // SAFETY: built above; the real QP of a live shadow.
-        let answer = unsafe { post(sq.real, &raw mut wr, &raw mut failed) };
-        if answer != 0 {
-            self.markers.fetch_sub(1, Ordering::AcqRel);
-            return Err(Errno(answer));
-        }
-        sq.trailing = 0;
+        Errno::check(unsafe { post(core.real, &raw mut wr, &raw mut failed) })?;
+        core.gate.marker_posted();
         Ok(true)
-    }
-
-    /// A verb other than `ibv_post_send` that posts one send. It cannot be held: while suspended the queue is full.
-    pub(crate) fn post_foreign(&self, flags: u32, op: impl FnOnce(*mut ibv_qp) -> c_int) -> c_int {
-        let mut sq = self.sq.lock();
-        if sq.suspended {
-            return libc::ENOMEM;
-        }
-        let answer = op(sq.real);
-        if answer == 0 {
-            if self.sq_sig_all || flags & send_flags::SIGNALED != 0 {
-                sq.signalled += 1;
-                sq.trailing = 0;
-            } else {
-                sq.trailing += 1;
-            }
-        }
-        answer
     }
 
     /// Remote keys that changed, for this QP's remote end.
     pub fn set_remote_keys(&self, keys: Option<Arc<RemoteKeys>>) {
-        self.sq.lock().remote_keys = keys;
+        self.core.lock().remote_keys = keys.filter(|k| !k.is_identity());
     }
+}
+
+/// `enum ibv_qp_type`.
+const UD: u32 = 4;
+
+/// Whether something in the list names an object of ours and cannot be passed on as it is.
+unsafe fn names_objects(mut wr: *const ibv_send_wr) -> bool {
+    while !wr.is_null() {
+        // SAFETY: the caller's list.
+        unsafe {
+            if (*wr).opcode == wr_opcode::BIND_MW {
+                return true;
+            }
+            wr = (*wr).next;
+        }
+    }
+    false
+}
+
+/// Where copies go, and what is translated on the way.
+struct Target<'a> {
+    real: *mut ibv_qp,
+    post: PostSend,
+    remote: Option<&'a RemoteKeys>,
+    keys: &'a LocalKeys,
+}
+
+/// Posts translated copies, a chunk at a time.
+#[cold]
+unsafe fn post_copies(
+    to: &Target<'_>,
+    scratch: &mut Scratch,
+    passing: &mut Passing<'_>,
+    sig_all: bool,
+    mut wr: *mut ibv_send_wr,
+    bad: *mut *mut ibv_send_wr,
+) -> c_int {
+    while !wr.is_null() {
+        let mut originals = [null_mut(); CHUNK];
+        let mut n = 0;
+        scratch.wrs.clear();
+        scratch.sges.clear();
+        while n < CHUNK && !wr.is_null() {
+            // SAFETY: the caller's list.
+            let mut copy = unsafe { *wr };
+            // SAFETY: the caller's SGEs.
+            let list = unsafe { sges(copy.sg_list, copy.num_sge) };
+            // Offsets for now: the list of SGEs may still move while it grows.
+            copy.sg_list = std::ptr::without_provenance_mut(scratch.sges.len());
+            scratch.sges.extend(list.iter().map(|s| ibv_sge { lkey: to.keys.physical(VLkey(s.lkey)).0, ..*s }));
+            translate(to.remote, to.keys, &mut copy);
+            scratch.wrs.push(copy);
+            originals[n] = wr;
+            n += 1;
+            // SAFETY: the caller's list.
+            wr = unsafe { (*wr).next };
+        }
+        let (wrs, list) = (scratch.wrs.as_mut_ptr(), scratch.sges.as_mut_ptr());
+        for i in 0..n {
+            // SAFETY: i < n; offsets were taken from the length of the list.
+            unsafe {
+                (*wrs.add(i)).sg_list = list.add((*wrs.add(i)).sg_list.addr());
+                (*wrs.add(i)).next = if i + 1 < n { wrs.add(i + 1) } else { null_mut() };
+            }
+        }
+        let mut failed = null_mut();
+        // SAFETY: a list just built; the real QP of a live shadow.
+        let answer = unsafe { (to.post)(to.real, wrs, &raw mut failed) };
+        let taken = if answer == 0 || failed.is_null() {
+            n
+        } else {
+            // SAFETY: the library names an entry of the list it was given.
+            usize::try_from(unsafe { failed.offset_from(wrs) }).unwrap_or(0).min(n)
+        };
+        for wr in &scratch.wrs[..taken] {
+            passing.posted(wr.opcode, is_signalled(wr, sig_all));
+        }
+        if answer != 0 {
+            if taken < n {
+                // SAFETY: the caller's room.
+                unsafe { *bad = originals[taken] };
+            }
+            return answer;
+        }
+    }
+    0
 }
 
 /// `context->ops.post_send`.
