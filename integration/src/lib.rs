@@ -5,5 +5,9 @@
 //! the project's binaries only, never its internals, so that a test cannot
 //! pass by sharing a bug with the code it tests.
 
+pub mod census;
+pub mod demo;
 pub mod lab;
+pub mod link_health;
+pub mod scenario;
 pub mod setup;

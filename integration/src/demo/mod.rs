@@ -71,9 +71,10 @@ struct Told {
 impl Stage {
     fn play(&self, options: &Options) -> Result<Told> {
         say("two containers: the server on peer, the client on src; the client's place on dst is prepared");
-        let load: Vec<String> = ["--qps", &options.qps.to_string(), "--duration", "0", "--depth", "8", "--progress", "0"]
-            .map(str::to_owned)
-            .to_vec();
+        let load: Vec<String> =
+            ["--qps", &options.qps.to_string(), "--duration", "0", "--depth", "8", "--progress", "0"]
+                .map(str::to_owned)
+                .to_vec();
         let server = command(&["server"], &["--timeline", "-"], &load);
         let client = command(&["client", "--connect", "10.20.0.111"], &[], &load);
         self.bundle(&self.peer, SERVER, SERVER_IP, &server)?;
@@ -84,7 +85,10 @@ impl Stage {
         start(&self.src, CLIENT)?;
         wait_for_log(&self.src, CLIENT, "\"running\"", Duration::from_secs(120))
             .context("the client did not connect to the server")?;
-        say(&format!("{} QPs are busy in both directions: SEND, WRITE, READ, atomics, with and without immediate", options.qps));
+        say(&format!(
+            "{} QPs are busy in both directions: SEND, WRITE, READ, atomics, with and without immediate",
+            options.qps
+        ));
         thread::sleep(REST);
 
         let mut moves = Vec::new();
@@ -183,7 +187,12 @@ fn wait_for_log(node: &Node, name: &str, what: &str, limit: Duration) -> Result<
             return Ok(());
         }
         if start.elapsed() > limit {
-            bail!("{name} on {} did not say {what} within {} s; it said:\n{}", node.name(), limit.as_secs(), tail(&text));
+            bail!(
+                "{name} on {} did not say {what} within {} s; it said:\n{}",
+                node.name(),
+                limit.as_secs(),
+                tail(&text)
+            );
         }
         thread::sleep(Duration::from_millis(300));
     }

@@ -186,8 +186,11 @@ pub fn page(title: &str, picture: &str, moves: &[Move], verdict: &str, report_js
     for one in moves {
         let total = one.phases.last().map_or(0.0, |p| p.end_ms) - one.phases.first().map_or(0.0, |p| p.start_ms);
         let pause = one.pause.map_or_else(|| "–".to_owned(), |(a, b)| format!("{} ms", number(b - a)));
-        let phases: Vec<_> =
-            one.phases.iter().map(|p| format!("{} {} ms", escape(&p.name), number((p.end_ms - p.start_ms).round()))).collect();
+        let phases: Vec<_> = one
+            .phases
+            .iter()
+            .map(|p| format!("{} {} ms", escape(&p.name), number((p.end_ms - p.start_ms).round())))
+            .collect();
         let _ = write!(
             rows,
             "<tr><td>{}</td><td>{} ms</td><td>{pause}</td><td>{}</td></tr>",

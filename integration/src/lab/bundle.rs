@@ -5,11 +5,12 @@
 //! network, and a `config.json` with the rights Docker gives by default plus
 //! the node's RDMA devices. Nothing is started here.
 //!
-//! The interface inside the namespace is made with its link **down**. A
-//! `createContainer` hook brings it up when a container is created there, a
-//! `poststop` hook takes it down. So the same bundle can be prepared on the
-//! destination of a migration without two machines answering for one address;
-//! there it is the migration's commit that brings the link up.
+//! The container's end of its link is up and has its address from the start,
+//! which restoring TCP connections needs; the **host side is made down**, so
+//! nothing passes. A `createRuntime` hook brings the host side up, a `poststop`
+//! hook takes it down. So the same bundle can be prepared on the destination
+//! of a migration without two machines answering for one address; there it is
+//! the migration's commit that brings the link up.
 
 use std::path::{Path, PathBuf};
 
@@ -117,7 +118,7 @@ impl Bundle {
 
     /// Host side interface name: kernel names hold 15 bytes.
     fn veth(&self) -> String {
-        format!("v{}", &content_key(&[self.name.as_bytes()])[..12])
+        format!("vh{}", &content_key(&[self.name.as_bytes()])[..12])
     }
 
     fn script(&self, dir: &str) -> String {
@@ -131,9 +132,9 @@ impl Bundle {
                 let mac = mac_for(ip);
                 format!(
                     "ip link add {veth} type veth peer name eth0 address {mac} netns {name}
-ip link set {veth} master br-lan up
+ip link set {veth} master br-lan
 ip -n {name} addr add {ip} dev eth0
-ip netns exec {name} sysctl -qw net.ipv4.conf.eth0.arp_notify=1
+ip -n {name} link set eth0 up
 "
                 )
             }
@@ -210,19 +211,17 @@ ip -n {name} link set lo up
                 "seccomp": seccomp(),
             },
         });
-        if self.ip.is_some() {
-            config["hooks"] = json!({
-                "createContainer": [{
-                    "path": "/usr/sbin/ip",
-                    "args": ["ip", "link", "set", "eth0", "up"],
-                    "timeout": 10,
-                }],
-                "poststop": [{
-                    "path": "/usr/sbin/ip",
-                    "args": ["ip", "-n", self.name, "link", "set", "eth0", "down"],
-                    "timeout": 10,
-                }],
-            });
+        if let Some(ip) = &self.ip {
+            let address = ip.split('/').next().unwrap_or(ip);
+            let hook = |way: &str| {
+                json!([{
+                    "path": "/usr/local/sbin/lab-net",
+                    "args": ["lab-net", way, self.veth(), self.name, address],
+                    "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
+                    "timeout": 20,
+                }])
+            };
+            config["hooks"] = json!({"createRuntime": hook("up"), "poststop": hook("down")});
         }
         config
     }

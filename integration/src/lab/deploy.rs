@@ -1,6 +1,6 @@
 //! Putting this project's own binaries on the nodes.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 
@@ -30,20 +30,24 @@ pub fn build(paths: &Paths) -> Result<()> {
     .context("build the release binaries")
 }
 
+/// Where a release artefact of the workspace lies once it is built.
+pub fn built(paths: &Paths, name: &str) -> PathBuf {
+    paths.target.join("release").join(name)
+}
+
 /// Copies what has been built to every node and starts the agents. Returns
 /// the names of the artefacts that do not exist.
 pub fn deploy(lab: &Lab) -> Result<Vec<&'static str>> {
-    let release = lab.paths().target.join("release");
     let nodes = lab.nodes()?;
-    let present: Vec<_> = ARTEFACTS.iter().filter(|(name, _)| release.join(name).exists()).collect();
+    let present: Vec<_> = ARTEFACTS.iter().filter(|(name, _)| built(lab.paths(), name).exists()).collect();
     thread::scope(|s| {
         let handles: Vec<_> = nodes
             .iter()
             .map(|node| {
-                let (release, present) = (&release, &present);
+                let (paths, present) = (lab.paths(), &present);
                 s.spawn(move || -> Result<()> {
                     for (name, remote) in present {
-                        push_stripped(node, &release.join(name), remote)?;
+                        node.push(&built(paths, name), remote)?;
                     }
                     start_agent(node)
                 })
@@ -55,10 +59,6 @@ pub fn deploy(lab: &Lab) -> Result<Vec<&'static str>> {
         Ok::<(), anyhow::Error>(())
     })?;
     Ok(ARTEFACTS.iter().filter(|a| !present.iter().any(|p| p.0 == a.0)).map(|a| a.0).collect())
-}
-
-fn push_stripped(node: &Node, local: &Path, remote: &str) -> Result<()> {
-    node.push(local, remote)
 }
 
 /// Starts the node's migration agent.

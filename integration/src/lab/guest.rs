@@ -23,6 +23,10 @@ use nix::unistd::Pid;
 
 use super::wire::{self, Done, Exec, Hello, Request, Tag, WIRE_VERSION};
 
+/// Part of the node image's key: count up when this side changes in a way an
+/// older image must not be used with.
+pub const GUEST_REVISION: u32 = 1;
+
 /// Where the node image keeps the channel's token.
 pub const TOKEN_PATH: &str = "/etc/lab-token";
 

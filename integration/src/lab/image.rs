@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use super::guest::TOKEN_PATH;
+use super::guest::{GUEST_REVISION, TOKEN_PATH};
 use super::mirror::Mirror;
 use super::paths::{Paths, content_key};
 use super::wire::WIRE_VERSION;
@@ -80,6 +80,10 @@ const UNUSED_MODULES: &[&str] = &[
 /// Things of no use to a reader without a terminal in front of the node.
 const UNUSED_PATHS: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
 
+/// Exceptions: the suites that libibverbs and pyverbs are tested with.
+const USED_PATHS: &[&str] =
+    &["/usr/share/doc/rdma-core", "/usr/share/doc/rdma-core/tests", "/usr/share/doc/rdma-core/tests/*"];
+
 /// Units that would wake up in the middle of a test.
 const MASKED_UNITS: &[&str] = &[
     "apt-daily.timer",
@@ -124,6 +128,24 @@ WantedBy=multi-user.target
 const CUSTOMISE: &str = "set -eu
 root=$1
 echo 'kernel.core_pattern=/var/crash/%e.%p' > $root/etc/sysctl.d/lab.conf
+cat > $root/usr/local/sbin/lab-net <<'END'
+#!/bin/sh
+# Hook of the lab's bundles: the host side of a container's link goes up when
+# the container is created or restored, and down when it is gone. A migration
+# that restores before its commit says so in the state's annotations.
+# Usage: lab-net up|down HOST-INTERFACE NAMESPACE ADDRESS
+set -eu
+state=$(cat)
+if [ \"$1\" = up ]; then
+  case \"$state\" in *org.migrrdma.incoming*) exit 0;; esac
+  ip link set \"$2\" up
+  # Switches on the way learn where the address lives now.
+  ip netns exec \"$3\" arping -q -U -c 1 -w 1 -I eth0 \"$4\" >/dev/null 2>&1 </dev/null &
+else
+  ip link set \"$2\" down
+fi
+END
+chmod 755 $root/usr/local/sbin/lab-net
 mkdir -p $root/var/crash $root/srv/lab/bundles $root/etc/udev/rules.d $root/etc/systemd/journald.conf.d
 ln -sf /dev/null $root/etc/udev/rules.d/60-rdma-persistent-naming.rules
 ln -sf /dev/null $root/etc/udev/rules.d/80-net-setup-link.rules
@@ -156,11 +178,8 @@ fn recipe_key() -> String {
         parts.push(b"--");
         parts.extend(list.iter().map(|s| s.as_bytes()));
     }
-    let version = WIRE_VERSION.to_le_bytes();
-    parts.push(&version);
-    // The guest side is part of the image.
-    parts.push(include_bytes!("guest.rs"));
-    parts.push(include_bytes!("wire.rs"));
+    let versions = [WIRE_VERSION.to_le_bytes(), GUEST_REVISION.to_le_bytes()].concat();
+    parts.push(&versions);
     content_key(&parts)
 }
 
@@ -266,6 +285,7 @@ fn debootstrap(out: &Path, sources: &Path, packages: &[&str], excludes: &[String
         .arg("--aptopt=Acquire::Languages \"none\"")
         .arg("--aptopt=APT::Install-Recommends \"false\"")
         .args(excludes.iter().map(|e| format!("--dpkgopt=path-exclude={e}")))
+        .args(USED_PATHS.iter().map(|p| format!("--dpkgopt=path-include={p}")))
         .args(more)
         .arg(format!("--include={}", packages.join(",")))
         .arg(SUITE)

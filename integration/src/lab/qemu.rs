@@ -145,6 +145,35 @@ pub fn links_reconnect(version: &str) -> bool {
     !reconnect_option(version).is_empty()
 }
 
+/// What a node is made of, devices in the order the guest names them by. A
+/// saved state fits this hardware only.
+pub fn hardware(node: &NodeSpec, accel: Accel) -> Vec<String> {
+    let (machine, cpu) = match accel {
+        Accel::Tcg => ("q35,accel=tcg", "max,la57=off"),
+        Accel::Kvm => ("q35,accel=kvm", "host,migratable=on"),
+    };
+    let memory = MEMORY_MIB.to_string();
+    let mut out: Vec<String> = ["-nodefaults", "-no-user-config", "-display", "none"].map(str::to_owned).to_vec();
+    out.extend(["-machine", machine, "-cpu", cpu, "-smp", "1", "-m", &memory].map(str::to_owned));
+    let mut device = |d: String| out.extend(["-device".to_owned(), d]);
+    device("virtio-rng-pci".into());
+    device("virtio-blk-pci,drive=disk".into());
+    device(format!("virtio-net-pci,netdev=ctl,mac={}", node.mac(0)));
+    for (number, net) in [(1, "rdma"), (2, "lan")] {
+        device(format!("virtio-net-pci,netdev={net},mac={},rx_queue_size=1024", node.mac(number)));
+    }
+    out
+}
+
+/// The kernel's command line.
+pub fn kernel_line(node: &NodeSpec) -> String {
+    format!(
+        "root=/dev/vda rw rootfstype=ext4 console=ttyS0 net.ifnames=0 mitigations=off audit=0 apparmor=0 \
+         tsc=reliable random.trust_cpu=on edd=off loglevel=4 systemd.hostname={} systemd.show_status=0",
+        node.name
+    )
+}
+
 /// Starts QEMU for one node and returns as soon as the process runs.
 pub fn launch(l: &Launch) -> Result<Machine> {
     let name = l.node.name;
@@ -156,33 +185,19 @@ pub fn launch(l: &Launch) -> Result<Machine> {
     let stderr = fs::File::create(&errors)?;
     let mut cmd = Command::new(QEMU);
     cmd.args(["-name", &format!("lab-{name}")])
-        .args(["-nodefaults", "-no-user-config", "-display", "none"])
-        .args(["-smp", "1", "-m", &MEMORY_MIB.to_string()])
-        .args(["-device", "virtio-rng-pci"])
+        .args(hardware(l.node, l.accel))
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", monitor.display()))
         .arg("-drive")
         .arg(format!("if=none,id=disk,format=qcow2,cache=unsafe,discard=unmap,file={}", l.disk.display()))
-        .args(["-device", "virtio-blk-pci,drive=disk"])
         .arg("-netdev")
-        .arg(format!("user,id=ctl,restrict=on,ipv6=off,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{GUEST_PORT}"))
-        .arg("-device")
-        .arg(format!("virtio-net-pci,netdev=ctl,mac={}", l.node.mac(0)));
-    match l.accel {
-        Accel::Tcg => cmd.args(["-machine", "q35,accel=tcg", "-cpu", "max,la57=off"]),
-        Accel::Kvm => cmd.args(["-machine", "q35,accel=kvm", "-cpu", "host,migratable=on"]),
-    };
-    for (number, net) in [(1u8, "rdma"), (2u8, "lan")] {
-        link_arguments(&mut cmd, l, net)?;
-        cmd.arg("-device").arg(format!("virtio-net-pci,netdev={net},mac={},rx_queue_size=1024", l.node.mac(number)));
-    }
-    cmd.arg("-kernel").arg(&l.image.kernel).arg("-initrd").arg(&l.image.initrd).arg("-append").arg(format!(
-        "root=/dev/vda rw rootfstype=ext4 console=ttyS0 net.ifnames=0 mitigations=off \
-             audit=0 apparmor=0 tsc=reliable random.trust_cpu=on loglevel=4 \
-             systemd.hostname={name} systemd.show_status=0"
-    ));
+        .arg(format!("user,id=ctl,restrict=on,ipv6=off,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{GUEST_PORT}"));
+    link_arguments(&mut cmd, l, "rdma")?;
+    link_arguments(&mut cmd, l, "lan")?;
+    cmd.arg("-kernel").arg(&l.image.kernel).arg("-initrd").arg(&l.image.initrd);
+    cmd.args(["-append", &kernel_line(l.node)]);
     if let Some(state) = l.incoming {
         cmd.arg("-incoming").arg(format!("exec:cat '{}'", state.display()));
     }

@@ -56,15 +56,16 @@ pub fn ensure(paths: &Paths, image: &Image, accel: Accel) -> Result<Snapshots> {
     let qemu_version = qemu::version()?;
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let cpu = cpu.lines().find(|l| l.starts_with("model name")).unwrap_or_default();
-    let scripts: String = NODES.iter().map(NodeSpec::setup_script).collect();
+    let recipe: Vec<String> = NODES
+        .iter()
+        .flat_map(|n| [n.setup_script(), qemu::kernel_line(n), qemu::hardware(n, accel).join(" ")])
+        .collect();
     let key = content_key(&[
         image.key.as_bytes(),
         image.token.as_bytes(),
         qemu_version.as_bytes(),
         cpu.as_bytes(),
-        scripts.as_bytes(),
-        include_bytes!("qemu.rs"),
-        format!("{accel:?}").as_bytes(),
+        recipe.join("\n").as_bytes(),
     ]);
     let dir = paths.lab().join(format!("nodes-{key}"));
     let snapshots = Snapshots { dir: dir.clone(), accel };
