@@ -92,6 +92,15 @@ pub enum Verb {
     Logs(Logs),
     /// Wait for a supervised container's end and return its exit status
     Wait(Wait),
+    /// Serve this host: local shims, other agents, migrations
+    Agent(AgentArgs),
+    /// Move a running container to another host
+    Migrate(MigrateArgs),
+    /// Make a certificate authority and node certificates
+    #[command(subcommand)]
+    Pki(PkiVerb),
+    /// Print what the agent knows: RDMA processes, QPs, migrations
+    Status(StatusArgs),
     /// Own a container's stdio and exit status (started by run and by a migration)
     #[command(hide = true)]
     Monitor,
@@ -433,4 +442,70 @@ pub struct Wait {
     pub timeout: Option<f64>,
     #[arg(value_name = "container-id")]
     pub id: String,
+}
+
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// Settings, /etc/migrrdma/agent.json if that exists
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+    /// The agent's settings (where its socket is)
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// Address of the destination's agent
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub to: String,
+    /// Only say whether it could be done, and if not, why
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Progress as JSON lines
+    #[arg(long)]
+    pub json: bool,
+    /// Make the new RDMA objects inside the pause instead of before it
+    #[arg(long)]
+    pub no_pre_setup: bool,
+    /// Longest wait for traffic in flight to complete
+    #[arg(long, value_name = "SECONDS")]
+    pub drain_timeout: Option<u64>,
+    /// Write the times of all phases to this file when it is done
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// The agent's settings (where its socket is)
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    #[arg(value_name = "container-id")]
+    pub id: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PkiVerb {
+    /// Make a certificate authority in a directory
+    Init {
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
+    /// Make a certificate for one node, signed by the authority in a directory
+    Issue {
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Address other agents dial (repeatable)
+        #[arg(long)]
+        ip: Vec<std::net::IpAddr>,
+        /// Name other agents dial (repeatable)
+        #[arg(long)]
+        dns: Vec<String>,
+    },
 }

@@ -5,6 +5,7 @@
 //! state on disk, and the places where a migration holds CRIU. The engine
 //! itself is the crate `checkpoint`; this one knows nothing of verbs.
 
+mod admin_client;
 mod argv;
 mod cgroup;
 mod cli;
@@ -14,13 +15,17 @@ mod console;
 mod criu_plan;
 mod destroy;
 mod dump;
+mod executor;
 mod foreground;
 mod gate;
 mod inject;
+mod keeper;
 mod launch;
+mod migration_host;
 mod monitor;
 mod mountpoints;
 mod procfs;
+mod progress;
 mod record;
 mod report;
 mod restore;
@@ -40,6 +45,10 @@ use clap::{CommandFactory, Parser};
 use crate::cli::{Cli, LogFormat};
 
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == checkpoint::incubator::SUBCOMMAND) {
+        // A process of its own kind, started by the agent: it parses nothing.
+        std::process::exit(checkpoint::incubator::main());
+    }
     let argv: Vec<OsString> = argv::normalise(&Cli::command(), std::env::args_os().collect());
     let cli = match Cli::try_parse_from(&argv) {
         Ok(cli) => cli,

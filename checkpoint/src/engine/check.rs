@@ -66,23 +66,23 @@ fn gid_type(kind: u32) -> &'static str {
 
 /// The same programs have to be mapped again: their build ids say whether they are there.
 fn builds(host: &dyn Host, process: &OfferedProcess, rootfs: &Path) -> Vec<String> {
-    let _ = host;
     let check = |build: &Build| {
         if build.id.is_empty() {
             return None;
         }
-        let found = inside(rootfs, Path::new(&build.file)).filter(|p| p.is_file());
-        // What the runtime mounts into every container lies outside its root file system.
-        let path = found.or_else(|| Some(PathBuf::from(&build.file)).filter(|p| p.is_file()));
-        let Some(path) = path else { return Some(format!("{} is missing in the bundle's root file system", build.file)) };
-        match elf::build_id(&path) {
-            Ok(id) if id == build.id => None,
-            Ok(_) => Some(format!(
-                "{} is another build than the one {} (pid {}) has mapped; use the same image on both hosts",
-                build.file, process.comm, process.vpid.0
-            )),
-            Err(e) => Some(format!("{}: {e}", path.display())),
+        let own = inside(rootfs, Path::new(&build.file));
+        let candidates: Vec<PathBuf> =
+            host.injected(Path::new(&build.file)).into_iter().chain(own).filter(|p| p.is_file()).collect();
+        if candidates.is_empty() {
+            return Some(format!("{} is missing in the bundle's root file system", build.file));
         }
+        if candidates.iter().any(|p| elf::build_id(p).is_ok_and(|id| id == build.id)) {
+            return None;
+        }
+        Some(format!(
+            "{} is another build than the one {} (pid {}) has mapped; use the same image on both hosts",
+            build.file, process.comm, process.vpid.0
+        ))
     };
     process.builds.iter().filter_map(check).collect()
 }

@@ -53,6 +53,8 @@ impl Run<'_> {
         self.record.peers = self.plan.peer_containers();
         self.record.state = State::Committed;
         self.cancel.seal().map_err(Stop::Failed)?;
+        self.world.host().gone_to(&self.request.container, Some(&self.to));
+        self.effects.dumped = true;
         if let Err(e) = self.world.records().write(&self.record) {
             // Did it reach the disk or not? What a reader finds decides, here as everywhere.
             let found = self.world.records().read(self.id).ok().flatten();

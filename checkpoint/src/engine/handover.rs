@@ -23,6 +23,7 @@ const LOOK: Duration = Duration::from_millis(50);
 type Verdict = Result<(), String>;
 
 /// CRIU at its last gate, in a thread of its own. Dropped, it is refused.
+#[derive(Debug)]
 pub struct Dump {
     verdict: SyncSender<Verdict>,
     thread: JoinHandle<Result<(), HostError>>,

@@ -127,6 +127,8 @@ pub trait Host: Send + Sync + 'static {
     fn examine(&self, id: &str, bundle: &Path) -> Vec<String>;
     /// The root file system of a bundle.
     fn rootfs(&self, bundle: &Path) -> Result<PathBuf>;
+    /// Files of this host that its runtime may mount at that path of a container, like the shim.
+    fn injected(&self, path: &Path) -> Vec<PathBuf>;
     /// Starts the incubator with the rights that bundle gives its container; `socket` is where the plugin's
     /// connections arrive, as a host path.
     fn incubate(&self, id: &str, bundle: &Path, socket: &Path) -> Result<Box<dyn Nursery>>;
@@ -136,6 +138,8 @@ pub trait Host: Send + Sync + 'static {
     fn forget(&self, container: &Container) -> Result<()>;
     /// The container's network on this host; `None` for one that has no interface of its own (host network, or none).
     fn wire(&self, bundle: &Path, init: Option<i32>) -> Result<Option<Box<dyn Wire>>>;
+    /// For those who wait for the container here: it went there, or (`None`) it did not after all.
+    fn gone_to(&self, id: &str, to: Option<&str>);
     /// CRIU's version (40101 is 4.1.1).
     fn criu(&self) -> Result<u32>;
 }

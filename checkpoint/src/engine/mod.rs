@@ -46,6 +46,7 @@ pub mod forward;
 pub mod handover;
 pub mod host;
 pub mod negotiate;
+mod nursery;
 pub mod plan;
 pub mod quiet;
 pub mod recover;

@@ -112,6 +112,8 @@ pub(super) struct Effects {
     pub cgroup: bool,
     pub wire: Option<Box<dyn Wire>>,
     pub dump: Option<Dump>,
+    /// Those who wait for the container were told that it goes.
+    pub dumped: bool,
     pub images: Option<PathBuf>,
     pub committed: bool,
 }
@@ -176,6 +178,12 @@ fn attempts(
         thread::sleep(Duration::from_millis(if id < *by { 200 } else { 2000 }));
     }
     unreachable!("the loop ends by itself")
+}
+
+impl std::fmt::Debug for Run<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Run").field("id", &self.id).field("request", self.request).finish_non_exhaustive()
+    }
 }
 
 impl<'a> Run<'a> {
@@ -327,6 +335,9 @@ impl<'a> Run<'a> {
         };
         for e in self.fan_out(effects.claimed.into_iter().collect(), release).into_iter().filter_map(|(_, e)| e) {
             left.push(format!("a peer could not be told and will find out by itself: {}", chain(&e)));
+        }
+        if effects.dumped {
+            host.gone_to(&self.request.container, None);
         }
         if effects.held {
             self.world.let_go(self.id);

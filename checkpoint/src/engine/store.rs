@@ -35,6 +35,7 @@ pub enum StoreError {
     Files { got: u32, expected: u32 },
 }
 
+#[derive(Debug)]
 struct Open {
     name: String,
     file: File,
@@ -44,6 +45,7 @@ struct Open {
 }
 
 /// One arriving image.
+#[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
     open: Option<Open>,

@@ -7,11 +7,13 @@
 //! | [`tls`] | both ends show a certificate of the same CA |
 //! | [`client`] | calling another agent |
 //! | [`server`] | being called |
+//! | [`link`] | a container's own interface: down, up, announced |
 //!
 //! Nothing here knows what a message means: [`crate::agent`] and [`crate::engine`] do.
 
 pub mod client;
 pub mod frame;
+pub mod link;
 pub mod msg;
 pub mod server;
 pub mod tls;

@@ -1,6 +1,7 @@
 //! One file for each verb (small relatives share one). A verb returns the
 //! exit status of the whole program.
 
+mod agent;
 mod checkpoint;
 mod create;
 mod delete;
@@ -10,12 +11,15 @@ mod features;
 mod kill;
 mod list;
 mod logs;
+mod migrate;
 mod pause;
+mod pki;
 mod ps;
 mod restore;
 mod run;
 mod spec;
 mod state;
+mod status;
 mod update;
 mod wait;
 
@@ -49,6 +53,10 @@ pub fn run(verb: Verb, global: &Global) -> Result<i32> {
         Verb::Restore(args) => restore::run(*args, global),
         Verb::Logs(args) => logs::run(&args),
         Verb::Wait(args) => wait::run(&args),
+        Verb::Agent(args) => agent::run(&args, global),
+        Verb::Migrate(args) => migrate::run(&args),
+        Verb::Pki(verb) => pki::run(&verb),
+        Verb::Status(args) => status::run(&args),
         Verb::Monitor => monitor::main().map(|()| 0),
     }
 }

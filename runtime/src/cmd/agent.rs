@@ -1,0 +1,22 @@
+//! `agent`: the one process of a host that speaks to other hosts.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use checkpoint::agent::Agent;
+use checkpoint::agent::config::Config;
+
+use crate::cli::{AgentArgs, Global};
+use crate::migration_host::MigrationHost;
+
+pub fn run(args: &AgentArgs, global: &Global) -> Result<i32> {
+    let config = Config::load(args.config.as_deref())?;
+    let host = MigrationHost { root: super::root(global).to_owned(), criu: global.criu.clone() };
+    let agent = Agent::new(config, Arc::new(host)).context("the agent cannot start")?;
+    agent.start().context("the agent cannot start")?;
+    eprintln!("the agent of {} is ready", agent.config.name);
+    // Everything happens in threads; the process ends by a signal only.
+    loop {
+        std::thread::park();
+    }
+}

@@ -1,0 +1,384 @@
+//! This runtime as the migration engine's host: what [`checkpoint::engine`] asks of a container runtime, answered
+//! with the same functions the verbs use.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use checkpoint::agent::is_plain_name;
+use checkpoint::criu::Criu;
+use checkpoint::criu::rpc::Criu_network_lock_method;
+use checkpoint::engine::host::{self, Container, DumpJob, Held, Host, HostError, Nursery, RestoreJob, Wire};
+use checkpoint::incubator::{Incubator, Rights, Spec as IncubatorSpec};
+use checkpoint::net::link::Links;
+use libcontainer::container::ContainerStatus;
+use libcontainer::oci_spec::runtime::{LinuxNamespaceType, PosixRlimitType, Spec};
+
+use crate::dump::{self, DumpOptions};
+use crate::gate::Gate;
+use crate::inject::{self, HostPaths};
+use crate::monitor::{Answer, Event, Order, RestoreOrder, Starter};
+use crate::record::Record;
+use crate::store::{self, ContainerHandle};
+use crate::{cgroup, destroy};
+
+/// Time for the incubator to start.
+const INCUBATOR: Duration = Duration::from_secs(30);
+/// For the monitor's word on anything but the restore itself.
+const MONITOR: Duration = Duration::from_secs(30);
+
+/// Containers below one root directory.
+#[derive(Debug, Clone)]
+pub struct MigrationHost {
+    pub root: PathBuf,
+    /// The criu program.
+    pub criu: PathBuf,
+}
+
+/// The whole chain of causes in one sentence.
+fn told(err: anyhow::Error) -> HostError {
+    HostError(format!("{err:#}"))
+}
+
+impl MigrationHost {
+    fn look(&self, id: &str) -> Result<Container> {
+        let handle = ContainerHandle::load(&self.root, id)?;
+        let status = handle.status();
+        let init = match status {
+            ContainerStatus::Running | ContainerStatus::Paused => handle.init_pid(),
+            _ => None,
+        };
+        let Some(init) = init else {
+            bail!("container {id} is {status}; only a running or paused one can be moved");
+        };
+        let cgroup = handle.cgroup()?;
+        let cgroup = cgroup.unified().with_context(|| {
+            format!("container {id} has no cgroup of version 2; migration needs the unified hierarchy")
+        })?;
+        Ok(Container {
+            id: id.to_owned(),
+            init,
+            cgroup: cgroup.to_owned(),
+            bundle: handle.container.state.bundle.clone(),
+            paused: status == ContainerStatus::Paused,
+        })
+    }
+
+    fn try_dump(
+        &self,
+        container: &Container,
+        job: &DumpJob,
+        gate: &mut dyn FnMut() -> std::result::Result<(), String>,
+    ) -> Result<()> {
+        let handle = ContainerHandle::load(&self.root, &container.id)?;
+        let mut options = DumpOptions::new(&job.images);
+        options.remove = false;
+        let common = &mut options.common;
+        common.work_path = Some(job.work.clone());
+        common.tcp_established = true;
+        common.file_locks = true;
+        // The engine has taken the container's link down: nothing can arrive that CRIU would have to keep out.
+        common.network_lock = Some(Criu_network_lock_method::SKIP);
+        common.criu = self.criu.clone();
+        dump::dump(handle, &options, &mut LastGate(gate)).map(drop)
+    }
+
+    fn try_restore(&self, job: &RestoreJob) -> Result<Box<dyn Held>> {
+        let mut plugin_env = BTreeMap::new();
+        if job.incubator.is_some() {
+            plugin_env.insert("MIGRRDMA_INCUBATOR".into(), format!("{}/incubator.sock", inject::AGENT_DIR));
+        }
+        let order = Order::Restore(RestoreOrder {
+            root: self.root.clone(),
+            id: job.id.clone(),
+            bundle: job.bundle.clone(),
+            image_path: job.images.clone(),
+            work_path: Some(job.work.clone()),
+            systemd_cgroup: false,
+            tcp_established: true,
+            file_locks: true,
+            ext_unix_sk: false,
+            skip_network_lock: true,
+            skip_create_hooks: false,
+            criu: Some(self.criu.clone()),
+            plugin_dir: None,
+            plugin_env,
+            hold: true,
+            deadline_s: Some(job.deadline.as_secs()),
+            pid_file: None,
+        });
+        let mut starter = Starter::start(&order)?;
+        loop {
+            match starter.next(job.deadline)? {
+                Event::SetupNamespaces { .. } => starter.answer(&Answer::Go)?,
+                Event::PostRestore { pid } => return Ok(Box::new(Restored { starter, pid, runs: false })),
+                Event::Failed { error } => bail!("{error}"),
+                Event::Running { .. } => bail!("the monitor let the tasks run without asking"),
+            }
+        }
+    }
+
+    fn try_incubate(&self, bundle: &Path, socket: &Path) -> Result<Incubator> {
+        let spec = store::load_spec_file(&bundle.join("config.json"))?;
+        let spec = IncubatorSpec {
+            program: "/proc/self/exe".into(),
+            rights: rights(&spec)?,
+            devices: Vec::new(),
+            socket: socket.to_owned(),
+            log: None,
+        };
+        Ok(Incubator::start(&spec, INCUBATOR)?)
+    }
+}
+
+/// What the bundle lets its container do.
+fn rights(spec: &Spec) -> Result<Rights> {
+    let process = spec.process().as_ref().context("config.json has no process")?;
+    let user = process.user();
+    let caps = process.capabilities().as_ref().and_then(|c| c.effective().clone()).unwrap_or_default();
+    let rlimits = process.rlimits().clone().unwrap_or_default();
+    let memlock = rlimits.iter().find(|l| l.typ() == PosixRlimitType::RlimitMemlock);
+    Ok(Rights {
+        uid: user.uid(),
+        gid: user.gid(),
+        groups: user.additional_gids().clone().unwrap_or_default(),
+        caps: caps.iter().map(|cap| format!("CAP_{}", cap.to_string().trim_start_matches("CAP_"))).collect(),
+        memlock: memlock.map(|l| (l.soft(), l.hard())),
+        cgroup: None,
+    })
+}
+
+struct LastGate<'a>(&'a mut dyn FnMut() -> std::result::Result<(), String>);
+
+impl Gate for LastGate<'_> {
+    fn post_dump(&mut self) -> Result<()> {
+        (self.0)().map_err(anyhow::Error::msg)
+    }
+
+    fn setup_namespaces(&mut self, _pid: i32) -> Result<()> {
+        bail!("a dump makes no namespaces")
+    }
+
+    fn post_restore(&mut self, _pid: i32) -> Result<()> {
+        bail!("a dump restores nothing")
+    }
+}
+
+/// A container restored up to the last gate, in the hands of its monitor.
+struct Restored {
+    starter: Starter,
+    pid: i32,
+    runs: bool,
+}
+
+impl Restored {
+    fn try_release(&mut self) -> Result<()> {
+        if self.runs {
+            return Ok(());
+        }
+        self.starter.answer(&Answer::Go)?;
+        match self.starter.next(MONITOR)? {
+            Event::Running { .. } => {
+                self.runs = true;
+                Ok(())
+            }
+            Event::Failed { error } => bail!("{error}"),
+            question => bail!("unexpected question of the monitor: {question:?}"),
+        }
+    }
+
+    fn try_abandon(mut self: Box<Self>) -> Result<()> {
+        self.starter.answer(&Answer::Refuse { why: "the migration was not committed".into() })?;
+        match self.starter.next(MONITOR)? {
+            Event::Failed { .. } => Ok(()),
+            other => bail!("the monitor answered a refusal with {other:?}"),
+        }
+    }
+}
+
+impl Held for Restored {
+    fn init(&self) -> i32 {
+        self.pid
+    }
+
+    fn release(&mut self) -> host::Result<()> {
+        self.try_release().map_err(told)
+    }
+
+    fn abandon(self: Box<Self>) -> host::Result<()> {
+        self.try_abandon().map_err(told)
+    }
+}
+
+/// The host's ends of the container's veth pairs.
+struct Veth(Links);
+
+impl Wire for Veth {
+    fn down(&mut self) -> host::Result<()> {
+        self.0.set(false).map_err(|e| HostError::of(&e))
+    }
+
+    fn up(&mut self) -> host::Result<()> {
+        self.0.set(true).map_err(|e| HostError::of(&e))
+    }
+
+    fn announce(&mut self) -> host::Result<()> {
+        self.0.announce().map_err(|e| HostError::of(&e))
+    }
+}
+
+impl Host for MigrationHost {
+    fn containers(&self) -> host::Result<Vec<Container>> {
+        let ids = store::ids(&self.root).map_err(told)?;
+        // One that has ended, or is broken, does not hide the others.
+        Ok(ids.iter().filter_map(|id| self.look(id).ok()).collect())
+    }
+
+    fn container(&self, id: &str) -> host::Result<Container> {
+        self.look(id).map_err(told)
+    }
+
+    fn freeze(&self, container: &Container) -> host::Result<()> {
+        let freeze = || ContainerHandle::load(&self.root, &container.id)?.cgroup()?.freeze();
+        freeze().map_err(told)
+    }
+
+    fn thaw(&self, container: &Container) -> host::Result<()> {
+        let thaw = || ContainerHandle::load(&self.root, &container.id)?.cgroup()?.thaw();
+        thaw().map_err(told)
+    }
+
+    fn dump(
+        &self,
+        container: &Container,
+        job: &DumpJob,
+        gate: &mut dyn FnMut() -> std::result::Result<(), String>,
+    ) -> host::Result<()> {
+        self.try_dump(container, job, gate).map_err(told)
+    }
+
+    fn examine(&self, id: &str, bundle: &Path) -> Vec<String> {
+        let mut problems = Vec::new();
+        if !is_plain_name(id) {
+            problems.push(format!("{id:?} is no container id"));
+        } else if self.root.join(id).exists() {
+            problems.push(format!("a container {id} is here already; delete it first"));
+        }
+        let config = bundle.join("config.json");
+        let spec = match store::load_spec_file(&config) {
+            Ok(spec) => spec,
+            Err(err) => {
+                problems.push(format!("the bundle {} is not here: {err:#}", bundle.display()));
+                return problems;
+            }
+        };
+        match self.rootfs(bundle) {
+            Ok(rootfs) if rootfs.is_dir() => {}
+            Ok(rootfs) => problems.push(format!("the bundle's root file system {} is not here", rootfs.display())),
+            Err(err) => problems.push(err.to_string()),
+        }
+        if let Some(path) = netns(&spec)
+            && !path.exists()
+        {
+            problems.push(format!("the network namespace {} of the bundle is not here", path.display()));
+        }
+        let shim = HostPaths::default().shim;
+        match inject::wanted(&spec) {
+            Ok(true) if !shim.is_file() => problems.push(format!("the shim {} is not installed", shim.display())),
+            Ok(true) if !Path::new(checkpoint::criu::PLUGIN_DIR).is_dir() => {
+                problems.push(format!("the CRIU plugin is not installed in {}", checkpoint::criu::PLUGIN_DIR));
+            }
+            Ok(_) => {}
+            Err(err) => problems.push(format!("{err:#}")),
+        }
+        problems
+    }
+
+    fn rootfs(&self, bundle: &Path) -> host::Result<PathBuf> {
+        let spec = store::load_spec_file(&bundle.join("config.json")).map_err(told)?;
+        let root = spec.root().as_ref().map_or_else(|| PathBuf::from("rootfs"), |root| root.path().clone());
+        Ok(bundle.join(root))
+    }
+
+    fn injected(&self, path: &Path) -> Vec<PathBuf> {
+        if path != Path::new(inject::SHIM_PATH) {
+            return Vec::new();
+        }
+        let HostPaths { shim, store, .. } = HostPaths::default();
+        let kept = fs::read_dir(store).into_iter().flatten().flatten().map(|e| e.path().join("libmigrrdma.so"));
+        kept.chain([shim]).collect()
+    }
+
+    fn incubate(&self, _id: &str, bundle: &Path, socket: &Path) -> host::Result<Box<dyn Nursery>> {
+        Ok(Box::new(self.try_incubate(bundle, socket).map_err(told)?))
+    }
+
+    fn restore(&self, job: &RestoreJob) -> host::Result<Box<dyn Held>> {
+        self.try_restore(job).map_err(told)
+    }
+
+    fn forget(&self, container: &Container) -> host::Result<()> {
+        let forget = || {
+            let handle = ContainerHandle::load(&self.root, &container.id)?;
+            if let Ok(cgroup) = handle.cgroup() {
+                // Frozen tasks that were killed go only when they are let go.
+                let _ = cgroup.thaw();
+            }
+            wait_for_end(&handle)?;
+            destroy::remove(handle)
+        };
+        forget().map_err(told)
+    }
+
+    fn wire(&self, bundle: &Path, init: Option<i32>) -> host::Result<Option<Box<dyn Wire>>> {
+        let spec = store::load_spec_file(&bundle.join("config.json")).map_err(told)?;
+        let path = netns(&spec).or_else(|| init.map(|pid| PathBuf::from(format!("/proc/{pid}/ns/net"))));
+        let Some(path) = path else { return Ok(None) };
+        let links = Links::of(&path).map_err(|e| HostError(format!("{}: {e}", path.display())))?;
+        if links.pairs.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Box::new(Veth(links))))
+    }
+
+    fn gone_to(&self, id: &str, to: Option<&str>) {
+        // A container without a record has nobody waiting for it through us.
+        let Ok(record) = Record::of(id) else { return };
+        match to {
+            Some(to) if record.exists() => {
+                if let Err(err) = record.mark_moved(to) {
+                    eprintln!("container {id}: {err:#}");
+                }
+            }
+            Some(_) => {}
+            None => record.unmark_moved(),
+        }
+    }
+
+    fn criu(&self) -> host::Result<u32> {
+        Criu::new(&self.criu).version().map(|v| v.0).map_err(|e| HostError::of(&e))
+    }
+}
+
+/// The network namespace a bundle names.
+fn netns(spec: &Spec) -> Option<PathBuf> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    namespaces.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?.path().clone()
+}
+
+/// CRIU has killed the tasks; their end takes a moment.
+fn wait_for_end(handle: &ContainerHandle) -> Result<()> {
+    if let Some(pid) = handle.init_pid() {
+        cgroup::signal_pid(pid, nix::sys::signal::Signal::SIGKILL as i32)?;
+    }
+    let end = std::time::Instant::now() + MONITOR;
+    while handle.init_pid().is_some() {
+        if std::time::Instant::now() >= end {
+            bail!("container {} does not end although it moved", handle.id());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
