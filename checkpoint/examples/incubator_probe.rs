@@ -174,7 +174,7 @@ fn context(n: u32, gid: VGid) -> ContextState {
                     ..QpAttr::default()
                 }
             },
-            remote: connected.then(|| Remote { vgid: gid, vqpn: VQpn(17), pgid: PGid(gid.0), pqpn: PQpn(17) }),
+            remote: connected.then_some(Remote { vgid: gid, vqpn: VQpn(17), pgid: PGid(gid.0), pqpn: PQpn(17) }),
         }
     };
     ContextState {
