@@ -11,7 +11,7 @@ use crate::rig::{Local, Rig};
 use crate::signals;
 use crate::timeline::say;
 use crate::wire::{LaneTotals, Message, VERSION, Wire};
-use crate::workload::Workload;
+use crate::workload::{Completions, Workload};
 use crate::{churn, compare, timeline};
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -96,7 +96,7 @@ pub fn run(side: Side, mut wire: Wire, workload: Option<Workload>, local: &Local
         std::thread::Builder::new().name("watchdog".into()).spawn(move || report::watch_main(&alive, &clock, limit))?;
     }
     let mut conduct = Conduct::new(rig.clone(), wire, watch.clone(), identity, alive.clone());
-    if let Err(e) = conduct.conduct() {
+    if let Err(e) = conduct.conduct(&threads) {
         rig.failures.add(format!("{e:#}"));
     }
     let heartbeats = conduct.heard;
@@ -225,7 +225,7 @@ impl Conduct {
         }
     }
 
-    fn conduct(&mut self) -> Result<()> {
+    fn conduct(&mut self, threads: &[JoinHandle<()>]) -> Result<()> {
         while self.phase != Phase::Over {
             let wait = if self.rig.w.rate > 0 { 5 } else { 20 };
             // After its verdict the other end may close at any time.
@@ -239,6 +239,10 @@ impl Conduct {
             self.rig.refill(now - self.refilled);
             self.refilled = now;
             self.regular(now)?;
+            if self.phase != Phase::Load && self.rig.w.solicited && self.rig.w.completions == Completions::Events {
+                // The last messages may raise no solicited event; their threads must look once more.
+                threads.iter().for_each(signals::nudge);
+            }
             if self.rig.failures.count() > 0 {
                 // A moment for what follows from it to show as well.
                 std::thread::sleep(Duration::from_millis(200));

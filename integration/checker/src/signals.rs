@@ -35,6 +35,14 @@ pub fn asked_to_stop() -> bool {
     ASKED.load(Ordering::SeqCst)
 }
 
+/// Gets a thread out of the blocking call it is in, once. The thread must not be joined yet.
+pub fn nudge(thread: &JoinHandle<()>) {
+    if !thread.is_finished() {
+        // SAFETY: the handle is not joined yet, so the thread id is valid.
+        unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGUSR1) };
+    }
+}
+
 /// Gets a thread out of whatever it blocks in, until it ends. False when it does not end in time.
 #[must_use]
 pub fn nudge_until_done(thread: &JoinHandle<()>, patience: Duration) -> bool {
@@ -42,8 +50,7 @@ pub fn nudge_until_done(thread: &JoinHandle<()>, patience: Duration) -> bool {
         if thread.is_finished() {
             return true;
         }
-        // SAFETY: the handle is not joined yet, so the thread id is valid.
-        unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGUSR1) };
+        nudge(thread);
         std::thread::sleep(Duration::from_millis(5));
     }
     thread.is_finished()

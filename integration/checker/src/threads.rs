@@ -72,6 +72,8 @@ impl Rig {
             for &q in &unit.queues {
                 self.arm(q)?;
             }
+            // What completed before raises no event any more.
+            self.sweep(&unit.queues, &mut round)?;
         }
         let mut empty = 0;
         while !self.stop.load(SeqCst) {

@@ -43,7 +43,7 @@ impl fmt::Display for Wrong {
         match self {
             Self::NotOutstanding { got, oldest } => write!(
                 f,
-                "completion of wr_id {got:#x}, which is not outstanding (completed before, or never posted); oldest outstanding {oldest:#x?}"
+                "completion of wr_id {got:#x}, which is not outstanding (completed before, or never posted); oldest outstanding {oldest:?}"
             ),
             Self::Overtook { got, missing } => write!(
                 f,
