@@ -8,7 +8,7 @@ use rdma_virt::id::VQpn;
 use rdma_virt::msg::StuckQp;
 
 use super::note;
-use super::session::{Migration, look};
+use super::session::{Migration, alone};
 use super::wire::Conn;
 use crate::cq::ShadowCq;
 use crate::qp::ShadowQp;
@@ -64,8 +64,8 @@ pub fn drain(migration: &mut Migration, expect: &[(VQpn, u64)], time: Duration, 
     let mut waiting: Vec<Arc<ShadowQp>> = migration.qps.clone();
     let mut pause = Duration::from_micros(100);
     loop {
-        {
-            let _pass = look("the wait before the stop");
+        // While a control verb runs long the next round has to wait; the deadline below still counts.
+        if let Ok(_alone) = alone() {
             empty(&cqs);
             waiting.retain(|qp| !qp.is_dead() && !is_quiet(qp, expected(qp), began));
             if waiting.is_empty() {
@@ -76,6 +76,8 @@ pub fn drain(migration: &mut Migration, expect: &[(VQpn, u64)], time: Duration, 
             }
         }
         if began.elapsed() >= time {
+            let _alone = alone();
+            waiting.retain(|qp| !qp.is_dead());
             let why = |qp: &ShadowQp| qp.is_drained(expected(qp)).err().unwrap_or_else(|| "flushes missing".into());
             return Drained::Stuck(waiting.iter().map(|q| StuckQp { vqpn: q.vqpn(), why: why(q) }).collect());
         }

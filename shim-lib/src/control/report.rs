@@ -8,7 +8,7 @@ use libc::{c_int, c_void};
 use rdma_virt::id::{Handle, PLkey, PRkey, VLkey, VRkey, Vpid};
 use rdma_virt::saved::{Build, ChannelState, ContextState, CqState, MrState, PdState, ProcessState, QpState, SrqState};
 
-use super::session::{Refused, look};
+use super::session::{Refused, alone};
 use crate::blockers;
 use crate::context::{ShadowContext, View};
 use crate::qp::ShadowQp;
@@ -25,7 +25,7 @@ pub fn comm() -> String {
 
 /// The whole process.
 pub fn process() -> Result<ProcessState, Refused> {
-    let _pass = look("the report to the agent");
+    let _alone = alone()?;
     let contexts =
         registry::contexts().iter().filter(|c| !c.is_dead()).map(|c| context(c)).collect::<Result<_, _>>()?;
     Ok(ProcessState {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::note;
-use super::session::{Migration, Refused, look};
+use super::session::{Migration, Refused, alone};
 use crate::qp::ShadowQp;
 use crate::{gate, registry};
 
@@ -14,7 +14,8 @@ pub fn flush(qps: Vec<Arc<ShadowQp>>) -> Vec<Arc<ShadowQp>> {
     if qps.is_empty() {
         return qps;
     }
-    let _pass = look("the end of a suspension");
+    // A control verb that runs long delays this, but cannot make it fail.
+    let Ok(_alone) = alone() else { return qps };
     qps.into_iter()
         .filter(|qp| !qp.is_dead())
         .filter(|qp| match qp.resume() {
@@ -28,34 +29,34 @@ pub fn flush(qps: Vec<Arc<ShadowQp>>) -> Vec<Arc<ShadowQp>> {
 }
 
 /// After adoption or switch, when every end is in place.
-pub fn resume(migration: &mut Migration) -> Vec<Arc<ShadowQp>> {
+pub fn resume(migration: &mut Migration) -> Result<Vec<Arc<ShadowQp>>, Refused> {
+    let _alone = alone()?;
     let left = flush(std::mem::take(&mut migration.qps));
     drop_seconds(migration);
     if migration.moving {
         gate::thaw();
     }
-    left
+    Ok(left)
 }
 
-/// Before commit: everything is as it was. What could not be undone is said; the rest is undone all the same.
-pub fn abort(migration: &mut Migration) -> (Vec<Arc<ShadowQp>>, Result<(), Refused>) {
+/// Before commit: everything is as it was. What could not be undone is said; the rest is undone all the same. An error
+/// of the outer kind means that nothing was undone yet: ask again.
+pub fn abort(migration: &mut Migration) -> Result<(Vec<Arc<ShadowQp>>, Result<(), Refused>), Refused> {
+    let _alone = alone()?;
     let mut failed = Vec::new();
-    {
-        let _pass = look("the end of a suspension");
-        if migration.frozen.take().is_some() {
-            for ctx in registry::contexts().iter().filter(|c| !c.is_dead()) {
-                for srq in ctx.srqs().iter().filter(|s| !s.is_dead()) {
-                    if let Err(e) = srq.reopen() {
-                        failed.push(format!("receives of SRQ {}: {e}", srq.id.0));
-                    }
+    if migration.frozen.take().is_some() {
+        for ctx in registry::contexts().iter().filter(|c| !c.is_dead()) {
+            for srq in ctx.srqs().iter().filter(|s| !s.is_dead()) {
+                if let Err(e) = srq.reopen() {
+                    failed.push(format!("receives of SRQ {}: {e}", srq.id.0));
                 }
-                ctx.cqs().iter().filter(|c| !c.is_dead()).for_each(|c| c.set_frozen(false));
             }
+            ctx.cqs().iter().filter(|c| !c.is_dead()).for_each(|c| c.set_frozen(false));
         }
-        for qp in migration.qps.iter().filter(|q| !q.is_dead()) {
-            if let Err(e) = qp.reopen_rq() {
-                failed.push(format!("receives of qp {}: {e}", qp.vqpn().0));
-            }
+    }
+    for qp in migration.qps.iter().filter(|q| !q.is_dead()) {
+        if let Err(e) = qp.reopen_rq() {
+            failed.push(format!("receives of qp {}: {e}", qp.vqpn().0));
         }
     }
     let left = flush(std::mem::take(&mut migration.qps));
@@ -68,12 +69,11 @@ pub fn abort(migration: &mut Migration) -> (Vec<Arc<ShadowQp>>, Result<(), Refus
     } else {
         Err(Refused::new(format!("not everything could be posted again: {}", failed.join("; "))))
     };
-    (left, result)
+    Ok((left, result))
 }
 
 /// Second QPs that were not used.
 fn drop_seconds(migration: &mut Migration) {
-    let _pass = look("the end of second QPs");
     for qp in migration.seconds.drain(..).filter(|q| !q.is_dead()) {
         qp.drop_second();
     }

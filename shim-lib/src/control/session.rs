@@ -38,10 +38,35 @@ impl Refused {
     }
 }
 
-/// Permission to look at objects without the application destroying them meanwhile. While the gate is shut (only this
-/// thread shuts it) nobody can.
-pub fn look(what: &'static str) -> Option<gate::Pass> {
-    (!gate::is_frozen()).then(|| gate::enter(what))
+/// Longest time a control verb of the application may take before a request is refused because of it. Longer than a
+/// question of such a verb to the agent ([`super::rpc`]).
+const VERB_TIME: Duration = Duration::from_secs(6);
+
+/// No control verb is under way while this exists: nobody destroys an object we are looking at.
+#[derive(Debug)]
+#[must_use]
+pub struct Alone {
+    thaw: bool,
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        if self.thaw {
+            gate::thaw();
+        }
+    }
+}
+
+/// Waits until the application is outside of all control verbs, and keeps it there. In the moving process they wait
+/// anyhow, from the suspension on. (Only this thread ever shuts the gate.)
+pub fn alone() -> Result<Alone, Refused> {
+    if gate::is_frozen() {
+        return Ok(Alone { thaw: false });
+    }
+    gate::freeze(Instant::now() + VERB_TIME).map_err(|inside| {
+        Refused::new(format!("the application is still inside {} after {VERB_TIME:?}", inside.join(", ")))
+    })?;
+    Ok(Alone { thaw: true })
 }
 
 /// A migration under way.
@@ -190,7 +215,7 @@ impl Session {
         if !migration.committed() && !migration.qps.is_empty() {
             return Err(Refused::new("nothing was adopted or switched: the migration can only be aborted"));
         }
-        self.flushing.extend(resume::resume(migration));
+        self.flushing.extend(resume::resume(migration)?);
         self.end();
         Ok(Reply::Done)
     }
@@ -200,7 +225,7 @@ impl Session {
         if migration.committed() {
             return Err(Refused::new("the migration has been committed: it can only be resumed"));
         }
-        let (left, result) = resume::abort(migration);
+        let (left, result) = resume::abort(migration)?;
         self.flushing.extend(left);
         self.end();
         result.map(|()| Reply::Done)

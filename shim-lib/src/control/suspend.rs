@@ -15,13 +15,13 @@ use rdma_virt::msg::{Count, Scope};
 use rdma_virt::saved::QpPhase;
 
 use super::note;
-use super::session::{Migration, Refused, look};
+use super::session::{Migration, Refused, alone};
 use crate::abi::{ibv_qp_attr, qp_mask};
 use crate::errno::Errno;
 use crate::qp::ShadowQp;
-use crate::{gate, real, registry};
+use crate::{real, registry};
 
-/// Longest time a thread may stay inside one post, or a control verb may take.
+/// Longest time a thread may stay inside one post.
 const PATIENCE: Duration = Duration::from_secs(6);
 
 /// How long markers are allowed after the end of a migration.
@@ -35,14 +35,12 @@ const UC: u32 = 3;
 /// Holds new sends on all QPs of the scope; returns their final counts. On failure some may be suspended, and the
 /// caller ends the migration if it began with this.
 pub fn suspend(migration: &mut Migration, scope: &Scope) -> Result<Vec<Count>, Refused> {
-    let deadline = Instant::now() + PATIENCE;
+    let alone = alone()?;
     if matches!(scope, Scope::All) && !migration.moving {
-        gate::freeze(deadline).map_err(|inside| {
-            Refused::new(format!("the application is still inside {} after {PATIENCE:?}", inside.join(", ")))
-        })?;
+        // Control verbs wait until the end of the migration.
         migration.moving = true;
+        std::mem::forget(alone);
     }
-    let _pass = look("the suspension");
     let wanted: Vec<Arc<ShadowQp>> = match scope {
         Scope::All => registry::all(None),
         Scope::Qps(names) => names.iter().flat_map(|v| registry::qps_by_vqpn(*v)).collect(),
@@ -51,11 +49,10 @@ pub fn suspend(migration: &mut Migration, scope: &Scope) -> Result<Vec<Count>, R
         if qp.is_dead() || migration.qps.iter().any(|q| Arc::ptr_eq(q, &qp)) {
             continue;
         }
-        // Remembered first: whatever happens next, the end of the migration lets it go.
-        migration.qps.push(qp.clone());
-        qp.suspend(deadline).map_err(|_| {
+        qp.suspend(Instant::now() + PATIENCE).map_err(|_| {
             Refused::new(format!("a thread is stopped inside a post on qp {} (for {PATIENCE:?})", qp.vqpn().0))
         })?;
+        migration.qps.push(qp);
     }
     Ok(migration.qps.iter().filter(|q| !q.is_dead()).map(|q| q.counts()).collect())
 }
@@ -70,8 +67,8 @@ pub struct MarkerRights {
 impl MarkerRights {
     /// Lets the remote ends of these post markers.
     pub fn grant(&mut self, qps: &[Arc<ShadowQp>]) {
-        let _pass = look("the suspension");
         self.until = None;
+        let Ok(_alone) = alone() else { return };
         for qp in qps {
             let known = qp.attr();
             let needed = !qp.is_dead()
@@ -100,7 +97,7 @@ impl MarkerRights {
         if self.until.is_none_or(|until| now < until) {
             return;
         }
-        let _pass = look("the end of a suspension");
+        let Ok(_alone) = alone() else { return };
         for qp in self.granted.drain(..) {
             let known = qp.attr();
             if !qp.is_dead() && known.phase == QpPhase::Rts {
