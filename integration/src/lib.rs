@@ -11,3 +11,4 @@ pub mod lab;
 pub mod link_health;
 pub mod scenario;
 pub mod setup;
+pub mod verdict;

@@ -7,10 +7,11 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use integration::lab::bundle::{self, Bundle};
 use integration::lab::node::shell_status;
+use integration::lab::paths::Paths;
 use integration::lab::topology::NodeSpec;
 use integration::lab::wire::Exec;
 use integration::lab::{Lab, deploy, guest};
-use integration::setup;
+use integration::{demo, scenario, setup, verdict};
 
 #[derive(Parser)]
 #[command(name = "xtask", bin_name = "cargo xtask", about = "Project tasks")]
@@ -24,11 +25,34 @@ enum Task {
     /// Three machines under QEMU: src, dst and peer
     #[command(subcommand)]
     Lab(LabTask),
+    /// Run unit tests and the lab's scenarios
+    Test {
+        /// Include the long scenarios
+        #[arg(long)]
+        all: bool,
+        /// Leave the lab up at the end
+        #[arg(long)]
+        keep: bool,
+        /// Run only scenarios whose name contains this, and no unit tests
+        filter: Vec<String>,
+    },
+    /// Move a container with RDMA traffic to another host and back, and show it
+    Demo {
+        /// QPs between the two containers
+        #[arg(long, default_value_t = 4)]
+        qps: u16,
+    },
     /// Install what building and the lab need
     Setup,
     /// Serve a node's control channel (runs inside the node)
     #[command(hide = true)]
     Guest,
+    /// Run the lab's own scenarios without building anything
+    #[command(hide = true)]
+    Scenarios {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
 }
 
 #[derive(Subcommand)]
@@ -104,6 +128,22 @@ fn main() -> ExitCode {
 
 fn run(task: Task) -> Result<ExitCode> {
     match task {
+        Task::Test { all, keep, filter } => {
+            let ok = verdict::run(&verdict::Options { all, keep, filters: filter })?;
+            return Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Task::Demo { qps } => {
+            setup::ensure()?;
+            let paths = Paths::new()?;
+            deploy::build(&paths)?;
+            let (lab, _) = Lab::up()?;
+            install(&lab)?;
+            demo::run(&lab, &demo::Options { qps, output: paths.target.join("demo") })?;
+        }
+        Task::Scenarios { args } => {
+            let tally = scenario::run(&[scenario::fabric::FABRIC], &scenario::Options::from_args(args.into_iter())?)?;
+            return Ok(if tally.failed() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         Task::Setup => setup::ensure()?,
         Task::Guest => guest::serve()?,
         Task::Lab(task) => return lab(task),
