@@ -75,13 +75,13 @@ impl Stage {
             ["--qps", &options.qps.to_string(), "--duration", "0", "--depth", "8", "--progress", "0"]
                 .map(str::to_owned)
                 .to_vec();
-        let server = command(&["server"], &["--timeline", "-"], &load);
+        let server = command(&["server"], &["--timeline", "-", "--progress", "0"], &[]);
         let client = command(&["client", "--connect", "10.20.0.111"], &[], &load);
         self.bundle(&self.peer, SERVER, SERVER_IP, &server)?;
         self.bundle(&self.src, CLIENT, CLIENT_IP, &client)?;
         self.bundle(&self.dst, CLIENT, CLIENT_IP, &client)?;
         start(&self.peer, SERVER)?;
-        wait_for_log(&self.peer, SERVER, "listening", Duration::from_secs(60)).ok();
+        wait_for_log(&self.peer, SERVER, "\"listening\"", Duration::from_secs(60))?;
         start(&self.src, CLIENT)?;
         wait_for_log(&self.src, CLIENT, "\"running\"", Duration::from_secs(120))
             .context("the client did not connect to the server")?;
