@@ -19,9 +19,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rdma_virt::id::{MigrationId, Vpid};
+use rdma_virt::id::{MigrationId, ObjId, Vpid};
 use rdma_virt::msg::{KeyTable, Reply, Request};
-use rdma_virt::saved::{AdoptedProcess, ProcessState};
+use rdma_virt::saved::{AdoptedProcess, ProcessState, SgidMap};
 
 use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::store::Store;
@@ -249,7 +249,7 @@ impl Arrival {
         states: Vec<ProcessState>,
     ) -> (State, Result<Answer, Refusal>) {
         let answer = match nursery.converge(&states) {
-            Ok(made) => born(&made).map(|qps| Answer::Incubated { qps }).map_err(failed),
+            Ok(made) => born(&made, &states).map(|qps| Answer::Incubated { qps }).map_err(failed),
             Err(e) => Err(failed(format!("making the RDMA objects: {e}"))),
         };
         self.states = states;
@@ -449,15 +449,21 @@ fn give_up(held: Box<dyn Held>) {
     }
 }
 
-/// QP numbers and addresses for the source's plan.
-fn born(made: &[AdoptedProcess]) -> Result<Vec<BornQp>, String> {
+/// QP numbers and addresses for the source's plan. A QP's packets come from the GID its application chose, at that
+/// entry's place on this host.
+fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>, String> {
     let mut qps = Vec::new();
     for process in made {
+        let of = |c: ObjId| states.iter().find(|s| s.vpid == process.vpid)?.contexts.iter().find(|x| x.id == c);
         for context in &process.contexts {
-            let pgid = context.sgid_index.first().map(|s| s.physical);
             for qp in &context.qps {
-                // Each QP's own index is known to the incubator alone; a context's entries share one host.
-                let Some(pgid) = pgid else {
+                let asked = of(context.id).and_then(|c| c.qps.iter().find(|q| q.id == qp.id));
+                let entry = asked.and_then(|q| {
+                    let fits = |s: &&SgidMap| s.port == q.attr.port_num && s.virtual_index == q.attr.sgid_index;
+                    context.sgid_index.iter().find(fits)
+                });
+                // One that is not connected sends from nowhere yet; any entry names this host.
+                let Some(pgid) = entry.or(context.sgid_index.first()).map(|s| s.physical) else {
                     return Err(format!("device {} has no GID of the kind its QPs use", context.device));
                 };
                 qps.push(BornQp {

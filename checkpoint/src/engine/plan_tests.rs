@@ -11,10 +11,6 @@ fn psn() -> impl FnMut() -> u32 {
     }
 }
 
-fn key(vpid: i32, qp: u32) -> QpKey {
-    QpKey { vpid: Vpid(vpid), context: ObjId(1), qp: ObjId(qp) }
-}
-
 fn born(vpid: i32, qp: u32, vqpn: u32, pqpn: u32) -> BornQp {
     BornQp { vpid: Vpid(vpid), context: ObjId(1), qp: ObjId(qp), vqpn: VQpn(vqpn), pqpn: PQpn(pqpn), pgid: PGid(DST) }
 }

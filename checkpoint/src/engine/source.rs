@@ -480,3 +480,7 @@ pub(super) fn all_good<T>(answers: Vec<(T, Result<Reply, Stop>)>) -> Result<Vec<
 pub(super) fn confused(who: impl std::fmt::Display, what: &str) -> Stop {
     Stop::Failed(format!("{who} answered {what} with something else"))
 }
+
+#[cfg(test)]
+#[path = "source_tests.rs"]
+mod tests;

@@ -1,0 +1,444 @@
+//! The source against a scripted world in which any single step fails, with or without having had its effect: the
+//! container always runs at exactly one place, and nobody stays suspended.
+
+use super::*;
+use crate::agent::config::{Config, Deadlines};
+use crate::agent::procs::Process;
+use crate::engine::fixture::{DST, process, qp};
+use crate::engine::host::{DumpJob, Held, Host, HostError, Nursery, RestoreJob};
+use crate::engine::world::OwnShim;
+use crate::net::msg::{BornQp, End as FarShim, FarEnd, MovedProcess};
+use crate::record::Records;
+use proptest::prelude::*;
+use rdma_virt::id::{ObjId, PGid, PQpn, VQpn};
+use rdma_virt::msg::{Count, KeyTable};
+use std::io;
+use std::path::Path;
+use std::sync::Mutex;
+
+const ID: MigrationId = MigrationId([7; 16]);
+
+/// Everything there is, as it really is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Truth {
+    frozen: bool,
+    killed: bool,
+    link_down: bool,
+    /// Own shim.
+    away: bool,
+    suspended: bool,
+    held: bool,
+    /// Peer.
+    claimed: bool,
+    peer_suspended: bool,
+    second: bool,
+    switched: bool,
+    /// Destination.
+    offered: bool,
+    prepared: bool,
+    running: bool,
+    adopted: bool,
+    there_resumed: bool,
+    forgotten: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// The step does nothing and says so.
+    Before,
+    /// The step happens, but nobody hears of it.
+    After,
+}
+
+struct Fake {
+    truth: Arc<Mutex<Truth>>,
+    steps: Arc<Mutex<(usize, Option<(usize, Fault)>, Vec<String>)>>,
+    records: Records,
+    config: Config,
+    _dir: tempfile::TempDir,
+}
+
+impl Fake {
+    fn new(fault: Option<(usize, Fault)>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let deadlines = Deadlines { answer: 1, drain: 1, restore: 1, reconnect: 1, forward: 3, orphan: 1 };
+        let config = Config { state_dir: dir.path().into(), deadlines, ..Config::default() };
+        let records = Records::open(dir.path()).unwrap();
+        Fake { truth: Arc::default(), steps: Arc::new(Mutex::new((0, fault, Vec::new()))), records, config, _dir: dir }
+    }
+
+    fn script(&self) -> Script {
+        let committed = self.records.clone();
+        Script { truth: self.truth.clone(), steps: self.steps.clone(), records: committed }
+    }
+}
+
+/// The shared heart of world and host.
+#[derive(Clone)]
+struct Script {
+    truth: Arc<Mutex<Truth>>,
+    steps: Arc<Mutex<(usize, Option<(usize, Fault)>, Vec<String>)>>,
+    records: Records,
+}
+
+impl Script {
+    /// One step of the world; `Err` is what the caller hears.
+    fn step<T>(&self, name: &str, effect: impl FnOnce(&mut Truth) -> T) -> Result<T, String> {
+        let fault = {
+            let mut s = self.steps.lock().unwrap();
+            s.2.push(name.into());
+            s.0 += 1;
+            s.1.filter(|(at, _)| *at + 1 == s.0).map(|(_, fault)| fault)
+        };
+        if fault == Some(Fault::Before) {
+            return Err(format!("{name} failed"));
+        }
+        let mut truth = self.truth.lock().unwrap();
+        let result = effect(&mut truth);
+        let committed = self.records.read(ID).unwrap().is_some_and(|r| matches!(r.state, State::Committed | State::Finished));
+        assert!(!truth.running || committed, "runs there without a decision, after {name}");
+        assert!(!truth.killed || committed, "killed here without a decision, after {name}");
+        assert!(!truth.running || truth.frozen || truth.killed, "two copies run, after {name}");
+        if fault == Some(Fault::After) { Err(format!("{name} went unheard")) } else { Ok(result) }
+    }
+}
+
+impl World for Fake {
+    fn host(&self) -> Arc<dyn Host> {
+        Arc::new(self.script())
+    }
+    fn records(&self) -> &Records {
+        &self.records
+    }
+    fn config(&self) -> &Config {
+        &self.config
+    }
+    fn destination(&self, to: &str) -> Result<String, String> {
+        Ok(to.into())
+    }
+    fn agent_of(&self, _: PGid) -> String {
+        "peer".into()
+    }
+    fn shims(&self, _: &str) -> Vec<OwnShim> {
+        vec![OwnShim { vpid: Vpid(7), comm: "app".into(), pid: 700 }]
+    }
+    fn processes(&self, _: &Container) -> io::Result<Vec<Process>> {
+        let (pid, vpid, comm) = (700, Vpid(7), "app".into());
+        Ok(vec![Process { pid, vpid, comm, verbs: true, cm: false, descends: true }])
+    }
+    fn lease(&self, _: &str) -> Result<Lease, String> {
+        Ok(Lease { first: 1 << 20, count: 1 })
+    }
+
+    fn call(&self, at: &str, id: MigrationId, order: Order, _: Duration) -> Result<Answer, CallError> {
+        assert_eq!(id, ID);
+        let name = order.name();
+        let refused = |why: String| {
+            let (at, refusal) = (at.to_owned(), Refusal::Failed(why));
+            CallError::Refused { at, order: name, refusal }
+        };
+        self.script().step(&format!("{at}: {name}"), |t| answer(t, order)).map_err(refused)
+    }
+
+    fn shim(
+        &self,
+        _: &str,
+        vpid: Vpid,
+        _: Option<MigrationId>,
+        request: Request,
+        _: Duration,
+    ) -> Result<Reply, ShimError> {
+        let what = crate::agent::shims::verb(&request);
+        let broken = |why| ShimError::Broken { who: "app".into(), what, why };
+        let reply = self.script().step(&format!("own: {what}"), |t| {
+            if t.away || t.frozen {
+                return Err("it is not there".to_owned());
+            }
+            Ok(match request {
+                Request::Report => Reply::State(Box::new(state())),
+                Request::Suspend { .. } => {
+                    t.suspended = true;
+                    Reply::Suspended { counts: vec![Count { vqpn: VQpn(17), sent: 1, received: 1 }] }
+                }
+                Request::Drain { .. } => Reply::Drained,
+                Request::Freeze => {
+                    t.away = true;
+                    Reply::State(Box::new(state()))
+                }
+                Request::Abort => {
+                    t.suspended = false;
+                    Reply::Done
+                }
+                other => panic!("{other:?} to the moving process"),
+            })
+        });
+        assert_eq!(vpid, Vpid(7));
+        reply.and_then(|r| r).map_err(broken)
+    }
+
+    fn reconnected(&self, _: &str, vpids: &[Vpid], _: Duration) -> Result<(), Vec<Vpid>> {
+        let away = self.truth.lock().unwrap().away;
+        if away { Err(vpids.to_vec()) } else { Ok(()) }
+    }
+
+    fn bump(&self, _: &str) -> io::Result<()> {
+        // Shims notice only when they run.
+        let mut t = self.truth.lock().unwrap();
+        t.away &= t.frozen;
+        Ok(())
+    }
+
+    fn hold(&self, _: MigrationId, _: &str) -> Result<(), MigrationId> {
+        self.truth.lock().unwrap().held = true;
+        Ok(())
+    }
+    fn let_go(&self, _: MigrationId) {
+        self.truth.lock().unwrap().held = false;
+    }
+    fn left(&self, _: &str, _: &[MovedProcess]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+fn state() -> ProcessState {
+    process(7, vec![qp(1, 17, Some(30))])
+}
+
+/// What destination and peer do.
+fn answer(t: &mut Truth, order: Order) -> Answer {
+    match order {
+        Order::Find { links } => {
+            let (container, comm) = ("p".to_owned(), "peer".to_owned());
+            let end = FarShim { container, vpid: Vpid(9), comm, vqpn: VQpn(30), connected: true };
+            Answer::Found(vec![FarEnd::Shim(end); links.len()])
+        }
+        Order::Claim { .. } => {
+            t.claimed = true;
+            Answer::Done
+        }
+        Order::Release { committed } => {
+            if t.claimed && !committed {
+                (t.peer_suspended, t.second) = (false, false);
+            }
+            t.claimed = false;
+            Answer::Done
+        }
+        Order::Relay { request, .. } => Answer::Shim(match request {
+            Request::Prepare { .. } => {
+                t.second = true;
+                Reply::Prepared { qps: vec![(VQpn(30), PQpn(55))] }
+            }
+            Request::Suspend { .. } => {
+                t.peer_suspended = true;
+                Reply::Suspended { counts: vec![Count { vqpn: VQpn(30), sent: 1, received: 1 }] }
+            }
+            Request::Drain { .. } => Reply::Drained,
+            Request::Switch { .. } => {
+                assert!(t.running && t.adopted, "peers change over only to what is there");
+                (t.switched, t.second) = (true, false);
+                Reply::Done
+            }
+            Request::Resume => {
+                assert!(t.switched && t.adopted, "nobody goes on before everybody is ready");
+                // The same request serves both ends here.
+                (t.peer_suspended, t.there_resumed) = (false, true);
+                Reply::Done
+            }
+            _ => Reply::Done,
+        }),
+        Order::Offer { .. } => {
+            t.offered = true;
+            Answer::Offered { problems: Vec::new() }
+        }
+        Order::Incubate { .. } => {
+            let (vpid, context, qp) = (Vpid(7), ObjId(1), ObjId(1));
+            let (vqpn, pqpn, pgid) = (VQpn(17), PQpn(40), PGid(DST));
+            Answer::Incubated { qps: vec![BornQp { vpid, context, qp, vqpn, pqpn, pgid }] }
+        }
+        Order::Restore { .. } => {
+            t.prepared = true;
+            Answer::Done
+        }
+        Order::Commit => {
+            assert!(t.prepared);
+            t.running = true;
+            Answer::Done
+        }
+        Order::Adopt => {
+            t.adopted = true;
+            Answer::Adopted { keys: vec![(Vpid(7), KeyTable::default())] }
+        }
+        Order::Abandon => {
+            assert!(!t.running, "nothing is taken back after the decision");
+            (t.offered, t.prepared) = (false, false);
+            Answer::Done
+        }
+        _ => Answer::Done,
+    }
+}
+
+struct FakeWire(Script);
+impl Wire for FakeWire {
+    fn down(&mut self) -> crate::engine::host::Result<()> {
+        self.0.step("link down", |t| t.link_down = true).map_err(HostError)
+    }
+    fn up(&mut self) -> crate::engine::host::Result<()> {
+        self.0.truth.lock().unwrap().link_down = false;
+        Ok(())
+    }
+    fn announce(&mut self) -> crate::engine::host::Result<()> {
+        Ok(())
+    }
+}
+
+impl Host for Script {
+    fn containers(&self) -> crate::engine::host::Result<Vec<Container>> {
+        Ok(Vec::new())
+    }
+    fn container(&self, id: &str) -> crate::engine::host::Result<Container> {
+        let (cgroup, bundle) = ("/nonexistent".into(), "/b".into());
+        Ok(Container { id: id.into(), init: 1, cgroup, bundle, paused: false })
+    }
+    fn freeze(&self, _: &Container) -> crate::engine::host::Result<()> {
+        self.step("freeze", |t| t.frozen = true).map_err(HostError)
+    }
+    fn thaw(&self, _: &Container) -> crate::engine::host::Result<()> {
+        self.truth.lock().unwrap().frozen = false;
+        Ok(())
+    }
+    fn dump(
+        &self,
+        _: &Container,
+        job: &DumpJob,
+        gate: &mut dyn FnMut() -> Result<(), String>,
+    ) -> crate::engine::host::Result<()> {
+        std::fs::write(job.images.join("core-1.img"), "x").unwrap();
+        self.step("dump", |t| assert!(t.frozen && t.link_down)).map_err(HostError)?;
+        gate().map_err(HostError)?;
+        self.step("kill", |t| t.killed = true).map_err(HostError)
+    }
+    fn examine(&self, _: &str, _: &Path) -> Vec<String> {
+        Vec::new()
+    }
+    fn rootfs(&self, _: &Path) -> crate::engine::host::Result<PathBuf> {
+        Ok("/".into())
+    }
+    fn injected(&self, _: &Path) -> Vec<PathBuf> {
+        Vec::new()
+    }
+    fn incubate(&self, _: &str, _: &Path, _: &Path) -> crate::engine::host::Result<Box<dyn Nursery>> {
+        Err(HostError("not here".into()))
+    }
+    fn restore(&self, _: &RestoreJob) -> crate::engine::host::Result<Box<dyn Held>> {
+        Err(HostError("not here".into()))
+    }
+    fn forget(&self, _: &Container) -> crate::engine::host::Result<()> {
+        self.step("forget", |t| t.forgotten = true).map_err(HostError)
+    }
+    fn wire(&self, _: &Path, _: Option<i32>) -> crate::engine::host::Result<Option<Box<dyn Wire>>> {
+        Ok(Some(Box::new(FakeWire(self.clone()))))
+    }
+    fn gone_to(&self, _: &str, _: Option<&str>) {}
+    fn criu(&self) -> crate::engine::host::Result<u32> {
+        Ok(40101)
+    }
+}
+
+struct Quiet;
+impl Progress for Quiet {
+    fn event(&self, _: Event) {}
+}
+
+fn run(fake: &Fake, pre_setup: bool, cancel: &Cancel) -> End {
+    let request =
+        MigrateRequest { container: "m".into(), to: "dst".into(), dry_run: false, pre_setup, drain: None };
+    Run::new(fake, ID, &request, cancel, &Quiet).run()
+}
+
+/// What must hold however it ended.
+fn check(fake: &Fake, end: &End) {
+    let t = fake.truth.lock().unwrap().clone();
+    let record = fake.records.read(ID).unwrap().map(|r| r.state);
+    let log = &fake.steps.lock().unwrap().2;
+    let story = format!("{end:?}\n{t:?}\n{log:?}");
+    match end {
+        End::Done(_) => {
+            assert_eq!(record, Some(State::Finished), "{story}");
+            assert!(t.running && t.there_resumed && t.switched, "{story}");
+            assert!(!t.peer_suspended && !t.held, "{story}");
+        }
+        End::Unfinished { .. } => {
+            assert_eq!(record, Some(State::Committed), "{story}");
+            assert!(t.frozen || t.killed, "{story}");
+        }
+        End::Undone { left, .. } => {
+            assert!(!matches!(record, Some(State::Committed | State::Finished)), "{story}");
+            assert!(!t.frozen && !t.killed && !t.running && !t.link_down && !t.away && !t.held, "{story}");
+            // A step of the undoing itself that failed is told, and made up for when the other side asks.
+            if left.is_empty() {
+                let peer_waits = t.claimed || t.peer_suspended || t.second;
+                assert!(!t.suspended && !peer_waits && !t.offered && !t.prepared, "{story}");
+            }
+        }
+        End::Refused(_) | End::Possible => {
+            assert!(!t.frozen && !t.suspended && !t.peer_suspended && !t.held && !t.running, "{story}");
+        }
+    }
+}
+
+#[test]
+fn without_a_failure_it_moves_and_nobody_stays_suspended() {
+    for pre_setup in [true, false] {
+        let fake = Fake::new(None);
+        let end = run(&fake, pre_setup, &Cancel::default());
+        check(&fake, &end);
+        let End::Done(summary) = end else { panic!("{end:?}") };
+        assert_eq!((summary.qps_moved, summary.qps_switched), (1, 1));
+        assert!(summary.pause_seconds.unwrap() >= summary.frozen_seconds.unwrap());
+        assert!(fake.truth.lock().unwrap().forgotten);
+    }
+}
+
+#[test]
+fn whichever_single_step_fails_the_container_runs_at_exactly_one_place() {
+    let all = Fake::new(None);
+    run(&all, true, &Cancel::default());
+    let steps = all.steps.lock().unwrap().0;
+    assert!(steps > 25, "{steps}");
+    std::thread::scope(|scope| {
+        for at in 0..steps {
+            for fault in [Fault::Before, Fault::After] {
+                scope.spawn(move || {
+                    let fake = Fake::new(Some((at, fault)));
+                    let end = run(&fake, true, &Cancel::default());
+                    check(&fake, &end);
+                    let committed = fake.records.read(ID).unwrap().is_some_and(|r| r.state == State::Finished);
+                    // One failure after the decision is always made up for.
+                    assert_eq!(matches!(end, End::Done(_)), committed, "step {at} {fault:?}: {end:?}");
+                });
+            }
+        }
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #[test]
+    fn a_wish_to_stop_at_any_step_undoes_or_comes_too_late(at in 0_usize..30, pre_setup: bool) {
+        struct Stopper<'a> { at: usize, seen: Mutex<usize>, cancel: &'a Cancel }
+        impl Progress for Stopper<'_> {
+            fn event(&self, _: Event) {
+                let mut seen = self.seen.lock().unwrap();
+                *seen += 1;
+                if *seen == self.at { self.cancel.set("Ctrl-C"); }
+            }
+        }
+        let (fake, cancel) = (Fake::new(None), Cancel::default());
+        let request = MigrateRequest { container: "m".into(), to: "dst".into(), dry_run: false, pre_setup, drain: None };
+        let stopper = Stopper { at, seen: Mutex::new(0), cancel: &cancel };
+        let end = Run::new(&fake, ID, &request, &cancel, &stopper).run();
+        check(&fake, &end);
+        let undone = matches!(end, End::Undone { .. });
+        prop_assert!(undone || matches!(end, End::Done(_)), "{:?}", end);
+    }
+}
