@@ -189,9 +189,14 @@ impl Shim {
     fn ask(&mut self, migration: Option<MigrationId>, request: Request) -> Result<Reply> {
         self.seq += 1;
         let what = format!("{request:?}").chars().take(60).collect::<String>();
+        let began = Instant::now();
         send(&mut self.stream, &ToShim { seq: self.seq, migration, request })?;
         let reply: FromShim = receive(&mut self.stream).with_context(|| format!("reply to {what}"))?;
         ensure!(reply.seq == self.seq, "reply to another request");
+        if migration.is_some() {
+            let step: String = what.chars().take_while(char::is_ascii_alphabetic).collect();
+            println!("    {:>7.1} ms  {step} of {}", began.elapsed().as_secs_f64() * 1e3, self.pid);
+        }
         match reply.reply {
             Reply::Refused { why } => bail!("{what} of {}: refused: {why}", self.pid),
             Reply::Stuck { qps } => bail!("{what} of {}: stuck: {qps:?}", self.pid),

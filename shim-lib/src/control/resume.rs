@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use super::note;
 use super::session::{Migration, Refused, alone};
 use crate::qp::ShadowQp;
 use crate::{gate, registry};
@@ -11,32 +10,25 @@ use crate::{gate, registry};
 /// Lets held sends go out. Those that still have some, because their queue is full, are returned: call again when
 /// the NIC has taken some.
 pub fn flush(qps: Vec<Arc<ShadowQp>>) -> Vec<Arc<ShadowQp>> {
-    if qps.is_empty() {
-        return qps;
-    }
-    // A control verb that runs long delays this, but cannot make it fail.
-    let Ok(_alone) = alone() else { return qps };
     qps.into_iter()
-        .filter(|qp| !qp.is_dead())
-        .filter(|qp| match qp.resume() {
-            Ok(_) => false,
-            Err(left) => {
-                note(|| format!("{}: {left} held sends wait for room in the queue", qp.vqpn()));
-                true
-            }
+        .filter(|qp| {
+            // One at a time: a provider may do much of the work inside the post, and control verbs wait meanwhile.
+            // One of those that takes long delays this, but cannot make it fail.
+            let Ok(_alone) = alone() else { return true };
+            !qp.is_dead() && qp.resume().is_err()
         })
         .collect()
 }
 
-/// After adoption or switch, when every end is in place.
+/// After adoption or switch, when every end is in place. The QPs returned are to be [`flush`]ed; that is done after
+/// the answer, because it takes as long as the NIC takes for what was held.
 pub fn resume(migration: &mut Migration) -> Result<Vec<Arc<ShadowQp>>, Refused> {
     let _alone = alone()?;
-    let left = flush(std::mem::take(&mut migration.qps));
     drop_seconds(migration);
     if migration.moving {
         gate::thaw();
     }
-    Ok(left)
+    Ok(std::mem::take(&mut migration.qps))
 }
 
 /// Before commit: everything is as it was. What could not be undone is said; the rest is undone all the same. An error
@@ -59,7 +51,6 @@ pub fn abort(migration: &mut Migration) -> Result<(Vec<Arc<ShadowQp>>, Result<()
             failed.push(format!("receives of qp {}: {e}", qp.vqpn().0));
         }
     }
-    let left = flush(std::mem::take(&mut migration.qps));
     drop_seconds(migration);
     if migration.moving {
         gate::thaw();
@@ -69,7 +60,7 @@ pub fn abort(migration: &mut Migration) -> Result<(Vec<Arc<ShadowQp>>, Result<()
     } else {
         Err(Refused::new(format!("not everything could be posted again: {}", failed.join("; "))))
     };
-    Ok((left, result))
+    Ok((std::mem::take(&mut migration.qps), result))
 }
 
 /// Second QPs that were not used.
