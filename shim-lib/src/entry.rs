@@ -54,8 +54,8 @@ macro_rules! entry {
                     let Some(address) = SYMBOL.address() else {
                         return $crate::entry::failure!($how, libc::ENOSYS);
                     };
-                    // SAFETY: libibverbs' function of this name has this signature (tests/layout.rs compiles the
-                    // prototypes against its header).
+                    // SAFETY: libibverbs' function of this name has this signature (abi/layout.rs compiles calls
+                    // against its header).
                     let $real = unsafe { ::std::mem::transmute::<*mut libc::c_void, Signature>(address) };
                     $body
                 },

@@ -97,10 +97,8 @@ pub unsafe extern "C-unwind" fn ibv_get_cq_event(
     cq_context: *mut *mut c_void,
 ) -> c_int {
     static SYMBOL: Symbol = Symbol::new("ibv_get_cq_event\0", "IBVERBS_1.1\0");
-    let prepared = boundary(
-        || Some((SYMBOL.address()?, registry::find::<ShadowChannel>(channel).map(|c| c.real()))),
-        || None,
-    );
+    let prepared =
+        boundary(|| Some((SYMBOL.address()?, registry::find::<ShadowChannel>(channel).map(|c| c.real()))), || None);
     let Some((address, shadow)) = prepared else {
         set_errno(libc::ENOSYS);
         return -1;
@@ -139,10 +137,8 @@ unsafe fn translate_cq_event(cq: *mut *mut ibv_cq, cq_context: *mut *mut c_void)
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn ibv_get_async_event(context: *mut ibv_context, out: *mut ibv_async_event) -> c_int {
     static SYMBOL: Symbol = Symbol::new("ibv_get_async_event\0", "IBVERBS_1.1\0");
-    let prepared = boundary(
-        || Some((SYMBOL.address()?, registry::find::<ShadowContext>(context).map(|c| c.real()))),
-        || None,
-    );
+    let prepared =
+        boundary(|| Some((SYMBOL.address()?, registry::find::<ShadowContext>(context).map(|c| c.real()))), || None);
     let Some((address, shadow)) = prepared else {
         set_errno(libc::ENOSYS);
         return -1;
@@ -174,7 +170,9 @@ unsafe fn translate_async_event(out: *mut ibv_async_event) {
             }
             event::SRQ_ERR | event::SRQ_LIMIT_REACHED => {
                 let srq = theirs.element.srq;
-                let Some(s) = registry::find::<ShadowSrq>((*srq).srq_context).filter(|s| s.real() == srq) else { return };
+                let Some(s) = registry::find::<ShadowSrq>((*srq).srq_context).filter(|s| s.real() == srq) else {
+                    return;
+                };
                 s.events.asynchronous.fetch_add(1, Ordering::AcqRel);
                 (*out).element.srq = s.visible();
             }
@@ -242,4 +240,3 @@ entry! {
         }
     }
 }
-

@@ -53,12 +53,41 @@ pub(crate) unsafe fn fill(table: &mut verbs_context, real: *mut ibv_context) {
         )*};
     }
     extended!(
-        query_port, advise_mr, alloc_null_mr, read_counters, attach_counters_point_flow, create_counters,
-        destroy_counters, reg_dm_mr, alloc_dm, free_dm, modify_flow_action_esp, destroy_flow_action,
-        create_flow_action_esp, modify_qp_rate_limit, alloc_parent_domain, dealloc_td, alloc_td, modify_cq,
-        post_srq_ops, destroy_rwq_ind_table, create_rwq_ind_table, destroy_wq, modify_wq, create_wq, query_rt_values,
-        create_cq_ex, query_device_ex, ibv_destroy_flow, ibv_create_flow, open_qp, create_qp_ex, get_srq_num,
-        create_srq_ex, open_xrcd, close_xrcd,
+        query_port,
+        advise_mr,
+        alloc_null_mr,
+        read_counters,
+        attach_counters_point_flow,
+        create_counters,
+        destroy_counters,
+        reg_dm_mr,
+        alloc_dm,
+        free_dm,
+        modify_flow_action_esp,
+        destroy_flow_action,
+        create_flow_action_esp,
+        modify_qp_rate_limit,
+        alloc_parent_domain,
+        dealloc_td,
+        alloc_td,
+        modify_cq,
+        post_srq_ops,
+        destroy_rwq_ind_table,
+        create_rwq_ind_table,
+        destroy_wq,
+        modify_wq,
+        create_wq,
+        query_rt_values,
+        create_cq_ex,
+        query_device_ex,
+        ibv_destroy_flow,
+        ibv_create_flow,
+        open_qp,
+        create_qp_ex,
+        get_srq_num,
+        create_srq_ex,
+        open_xrcd,
+        close_xrcd,
     );
     table.old_create_flow = table.ibv_create_flow;
     table.old_destroy_flow = table.ibv_destroy_flow;
@@ -209,7 +238,13 @@ unsafe extern "C" fn alloc_null_mr(pd: *mut ibv_pd) -> *mut ibv_mr {
     )
 }
 
-unsafe extern "C" fn reg_dm_mr(pd: *mut ibv_pd, dm: *mut ibv_dm, offset: u64, length: usize, access: c_uint) -> *mut ibv_mr {
+unsafe extern "C" fn reg_dm_mr(
+    pd: *mut ibv_pd,
+    dm: *mut ibv_dm,
+    offset: u64,
+    length: usize,
+    access: c_uint,
+) -> *mut ibv_mr {
     boundary(
         || {
             let _pass = gate::enter("ibv_reg_dm_mr");
@@ -223,7 +258,10 @@ unsafe extern "C" fn reg_dm_mr(pd: *mut ibv_pd, dm: *mut ibv_dm, offset: u64, le
     )
 }
 
-unsafe extern "C" fn alloc_parent_domain(context: *mut ibv_context, attr: *mut ibv_parent_domain_init_attr) -> *mut ibv_pd {
+unsafe extern "C" fn alloc_parent_domain(
+    context: *mut ibv_context,
+    attr: *mut ibv_parent_domain_init_attr,
+) -> *mut ibv_pd {
     boundary(
         || {
             let _pass = gate::enter("ibv_alloc_parent_domain");
@@ -339,21 +377,27 @@ unsafe extern "C" fn create_qp_ex(context: *mut ibv_context, attr: *mut ibv_qp_i
                 let wish = *attr;
                 let ops = if wish.comp_mask & qp_init_mask::SEND_OPS_FLAGS != 0 { wish.send_ops_flags } else { 0 };
                 let simple = wish.comp_mask & qp_init_mask::PD != 0
-                    && wish.comp_mask & !(qp_init_mask::PD | qp_init_mask::SEND_OPS_FLAGS | qp_init_mask::CREATE_FLAGS) == 0
+                    && wish.comp_mask & !(qp_init_mask::PD | qp_init_mask::SEND_OPS_FLAGS | qp_init_mask::CREATE_FLAGS)
+                        == 0
                     && (wish.comp_mask & qp_init_mask::CREATE_FLAGS == 0 || wish.create_flags == 0)
                     && ops & !builder::SUPPORTED == 0;
                 let mut ask = wish;
                 ask.pd = pd::unwrap(ask.pd);
-                unwrap_attr(&mut ask.base);
-                if simple && let Some(parts) = Parts::find(wish.pd, &wish.base) {
+                let mut plain = ask.plain();
+                unwrap_attr(&mut plain);
+                (ask.send_cq, ask.recv_cq, ask.srq) = (plain.send_cq, plain.recv_cq, plain.srq);
+                if simple && let Some(parts) = Parts::find(wish.pd, &wish.plain()) {
                     if ops != 0 && !accepts(op, context, &ask) {
                         return null_mut();
                     }
-                    return create(parts, (&raw mut (*attr).base).cast::<ibv_qp_init_attr>(), ops, real_create_qp);
+                    let mut plain = wish.plain();
+                    let qp = create(parts, &raw mut plain, ops, real_create_qp);
+                    (*attr).cap = plain.cap;
+                    return qp;
                 }
                 let made = op(context::unwrap(context), &raw mut ask);
                 if !made.is_null() {
-                    (*attr).base.cap = ask.base.cap;
+                    (*attr).cap = ask.cap;
                     blockers::note("ibv_create_qp_ex", format!("qp {}", (*made).qp_num), made as usize);
                 }
                 made
@@ -474,7 +518,9 @@ unsafe extern "C" fn bind_mw(qp: *mut ibv_qp, mw: *mut ibv_mw, bind: *mut ibv_mw
             let mut ask = *bind;
             ask.bind_info.mr = mr::unwrap(ask.bind_info.mr);
             match qp::ShadowQp::of(qp) {
-                Some(shadow) => shadow.post_foreign(wr_opcode::BIND_MW, ask.send_flags, |real_qp| with_real_mw(mw, || op(real_qp, mw, &raw mut ask))),
+                Some(shadow) => shadow.post_foreign(wr_opcode::BIND_MW, ask.send_flags, |real_qp| {
+                    with_real_mw(mw, || op(real_qp, mw, &raw mut ask))
+                }),
                 None => with_real_mw(mw, || op(qp, mw, &raw mut ask)),
             }
         },

@@ -136,4 +136,3 @@ entry! {
         unsafe { real(shadow.real()) }
     }
 }
-

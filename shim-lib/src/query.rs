@@ -231,6 +231,10 @@ unsafe fn write_gid(out: *mut c_void, size: usize, told: &GidEntry) {
     };
     // SAFETY: the caller's promise.
     unsafe {
-        std::ptr::copy_nonoverlapping((&raw const entry).cast::<u8>(), out.cast(), size.min(size_of::<ibv_gid_entry>()));
+        std::ptr::copy_nonoverlapping(
+            (&raw const entry).cast::<u8>(),
+            out.cast(),
+            size.min(size_of::<ibv_gid_entry>()),
+        );
     }
 }

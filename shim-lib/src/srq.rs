@@ -15,10 +15,10 @@ use rdma_virt::srq::Srq;
 use rdma_virt::wr::Receive;
 
 use crate::abi::{ibv_pd, ibv_recv_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, srq_mask};
+use crate::convert::{physical, sges, with_sges};
 use crate::entry::{boundary, entry};
 use crate::errno::Errno;
 use crate::events::Deliveries;
-use crate::convert::{physical, sges, with_sges};
 use crate::lock::Spin;
 use crate::pd::ShadowPd;
 use crate::registry;

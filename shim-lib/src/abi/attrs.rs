@@ -1,6 +1,8 @@
 //! Attribute structs that carry pointers to objects, and the masks that say which of their members count.
 
-use super::{ibv_ah_attr, ibv_comp_channel, ibv_cq, ibv_pd, ibv_qp_cap, ibv_rwq_ind_table, ibv_srq, ibv_td, ibv_wq, ibv_xrcd};
+use super::{
+    ibv_ah_attr, ibv_comp_channel, ibv_cq, ibv_pd, ibv_qp_cap, ibv_rwq_ind_table, ibv_srq, ibv_td, ibv_wq, ibv_xrcd,
+};
 use libc::{c_int, c_void};
 
 #[repr(C)]
@@ -27,7 +29,14 @@ pub struct ibv_rx_hash_conf {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct ibv_qp_init_attr_ex {
-    pub base: ibv_qp_init_attr,
+    pub qp_context: *mut c_void,
+    pub send_cq: *mut ibv_cq,
+    pub recv_cq: *mut ibv_cq,
+    pub srq: *mut ibv_srq,
+    pub cap: ibv_qp_cap,
+    pub qp_type: u32,
+    pub sq_sig_all: c_int,
+    /// In the plain struct this is where its padding is: the one cannot be a member of the other.
     pub comp_mask: u32,
     pub pd: *mut ibv_pd,
     pub xrcd: *mut ibv_xrcd,
@@ -37,6 +46,21 @@ pub struct ibv_qp_init_attr_ex {
     pub rx_hash_conf: ibv_rx_hash_conf,
     pub source_qpn: u32,
     pub send_ops_flags: u64,
+}
+
+impl ibv_qp_init_attr_ex {
+    /// The part that makes a plain QP.
+    pub fn plain(&self) -> ibv_qp_init_attr {
+        ibv_qp_init_attr {
+            qp_context: self.qp_context,
+            send_cq: self.send_cq,
+            recv_cq: self.recv_cq,
+            srq: self.srq,
+            cap: self.cap,
+            qp_type: self.qp_type,
+            sq_sig_all: self.sq_sig_all,
+        }
+    }
 }
 
 /// `enum ibv_qp_init_attr_mask`.

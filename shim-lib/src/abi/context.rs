@@ -1,10 +1,10 @@
 //! A device context: the two op tables the header's inline functions call through.
 
 use super::{
-    ibv_counters, ibv_cq, ibv_cq_ex, ibv_cq_init_attr_ex, ibv_device, ibv_dm, ibv_flow, ibv_flow_action,
-    ibv_mr, ibv_mw, ibv_mw_bind, ibv_parent_domain_init_attr, ibv_pd, ibv_qp, ibv_qp_init_attr_ex, ibv_recv_wr,
-    ibv_rwq_ind_table, ibv_rwq_ind_table_init_attr, ibv_send_wr, ibv_sge, ibv_srq, ibv_srq_init_attr_ex, ibv_td, ibv_wc,
-    ibv_wq, ibv_wq_init_attr, ibv_xrcd,
+    ibv_counters, ibv_cq, ibv_cq_ex, ibv_cq_init_attr_ex, ibv_device, ibv_dm, ibv_flow, ibv_flow_action, ibv_mr,
+    ibv_mw, ibv_mw_bind, ibv_parent_domain_init_attr, ibv_pd, ibv_qp, ibv_qp_init_attr_ex, ibv_recv_wr,
+    ibv_rwq_ind_table, ibv_rwq_ind_table_init_attr, ibv_send_wr, ibv_sge, ibv_srq, ibv_srq_init_attr_ex, ibv_td,
+    ibv_wc, ibv_wq, ibv_wq_init_attr, ibv_xrcd,
 };
 use libc::{c_int, c_uint, c_void, pthread_mutex_t};
 
@@ -69,7 +69,8 @@ pub struct verbs_context {
     pub advise_mr: Option<unsafe extern "C" fn(*mut ibv_pd, u32, u32, *mut ibv_sge, u32) -> c_int>,
     pub alloc_null_mr: Option<unsafe extern "C" fn(*mut ibv_pd) -> *mut ibv_mr>,
     pub read_counters: Option<unsafe extern "C" fn(*mut ibv_counters, *mut u64, u32, u32) -> c_int>,
-    pub attach_counters_point_flow: Option<unsafe extern "C" fn(*mut ibv_counters, *mut c_void, *mut ibv_flow) -> c_int>,
+    pub attach_counters_point_flow:
+        Option<unsafe extern "C" fn(*mut ibv_counters, *mut c_void, *mut ibv_flow) -> c_int>,
     pub create_counters: Option<unsafe extern "C" fn(*mut ibv_context, *mut c_void) -> *mut ibv_counters>,
     pub destroy_counters: Option<unsafe extern "C" fn(*mut ibv_counters) -> c_int>,
     pub reg_dm_mr: Option<unsafe extern "C" fn(*mut ibv_pd, *mut ibv_dm, u64, usize, c_uint) -> *mut ibv_mr>,
@@ -113,4 +114,3 @@ pub struct verbs_context {
     pub sz: usize,
     pub context: ibv_context,
 }
-

@@ -127,10 +127,15 @@ unsafe extern "C" fn doorbell(fd: c_int, buffer: *const c_void, count: size_t) -
     // SAFETY: the provider's own call, in one form or the other.
     unsafe {
         if boundary(|| is_handed_over(fd), || false) {
-            by_ioctl(fd, buffer, count)
-        } else {
-            libc::write(fd, buffer, count)
+            return by_ioctl(fd, buffer, count);
         }
+        let written = libc::write(fd, buffer, count);
+        if written < 0 && Errno::last().0 == libc::EACCES {
+            // Refused for whose credentials the file was opened with: those of another process, of another thread (a
+            // restored process' threads do not share theirs), or the ones this process had before it changed them.
+            return by_ioctl(fd, buffer, count);
+        }
+        written
     }
 }
 

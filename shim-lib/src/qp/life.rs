@@ -16,9 +16,7 @@ use rdma_virt::sendq::{Polled, SendQ};
 use super::modify::Remembered;
 use super::send::{Core, Scratch};
 use super::{Links, MAGIC, RealQp, ShadowQp, builder};
-use crate::abi::{
-    ibv_ece, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_ex, ibv_qp_init_attr, qp_mask, qp_type,
-};
+use crate::abi::{ibv_ece, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_ex, ibv_qp_init_attr, qp_mask, qp_type};
 use crate::cq::{self, ShadowCq};
 use crate::entry::entry;
 use crate::events::Deliveries;

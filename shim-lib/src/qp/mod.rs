@@ -174,9 +174,7 @@ impl ShadowQp {
     /// Whether this real QP is one of ours.
     pub(crate) fn owns(&self, real: *mut ibv_qp) -> bool {
         let links = self.links();
-        links.now.qp == real
-            || links.second.is_some_and(|s| s.qp == real)
-            || links.old.iter().any(|o| o.qp == real)
+        links.now.qp == real || links.second.is_some_and(|s| s.qp == real) || links.old.iter().any(|o| o.qp == real)
     }
 
     pub fn is_dead(&self) -> bool {

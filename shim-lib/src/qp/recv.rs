@@ -21,7 +21,12 @@ impl ShadowQp {
     pub(crate) unsafe fn post_recv(&self, wr: *mut ibv_recv_wr, bad: *mut *mut ibv_recv_wr) -> c_int {
         let mut core = self.core.lock();
         let Some(post) = core.post_recv else { return libc::EOPNOTSUPP };
-        if self.srq().is_some() || core.gate.recv() == RecvPath::LedgerOnly || self.ctx().keys.is_translating() {
+        if self.srq().is_some() {
+            // It has no receive queue: the library says how that is answered.
+            // SAFETY: the real QP of a live shadow; the caller's promise.
+            return unsafe { post(core.real, wr, bad) };
+        }
+        if core.gate.recv() == RecvPath::LedgerOnly || self.ctx().keys.is_translating() {
             // SAFETY: the caller's promise.
             return unsafe { self.post_recv_one_by_one(&mut core, wr, bad) };
         }
@@ -68,7 +73,7 @@ impl ShadowQp {
     /// # Safety
     /// A valid receive.
     unsafe fn post_one_recv(&self, core: &mut Core, wr: &ibv_recv_wr) -> c_int {
-        if self.srq().is_some() || wr.num_sge < 0 || wr.num_sge as u32 > self.cap_app.max_recv_sge {
+        if wr.num_sge < 0 || wr.num_sge as u32 > self.cap_app.max_recv_sge {
             return libc::EINVAL;
         }
         // SAFETY: the caller's promise.
@@ -79,10 +84,8 @@ impl ShadowQp {
         }
         let Some(post) = core.post_recv else { return libc::EOPNOTSUPP };
         let keys = &self.ctx().keys;
-        let mut translated: Vec<ibv_sge> = list
-            .iter()
-            .map(|s| ibv_sge { lkey: keys.physical(rdma_virt::id::VLkey(s.lkey)).0, ..*s })
-            .collect();
+        let mut translated: Vec<ibv_sge> =
+            list.iter().map(|s| ibv_sge { lkey: keys.physical(rdma_virt::id::VLkey(s.lkey)).0, ..*s }).collect();
         let mut copy = ibv_recv_wr {
             wr_id: wr.wr_id,
             next: null_mut(),
