@@ -1,7 +1,8 @@
 //! Putting this project's own binaries on the nodes.
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -38,17 +39,29 @@ pub fn built(paths: &Paths, name: &str) -> PathBuf {
 /// the names of the artefacts that do not exist.
 pub fn deploy(lab: &Lab) -> Result<Vec<&'static str>> {
     let nodes = lab.nodes()?;
-    let present: Vec<_> = ARTEFACTS.iter().filter(|(name, _)| built(lab.paths(), name).exists()).collect();
+    let mut slim = Vec::new();
+    let mut missing = Vec::new();
+    for (name, remote) in ARTEFACTS {
+        if built(lab.paths(), name).exists() {
+            slim.push((stripped(lab.paths(), name)?, *remote));
+        } else {
+            missing.push(*name);
+        }
+    }
+    let pki = if missing.is_empty() { Some(certificates(lab)?) } else { None };
     thread::scope(|s| {
         let handles: Vec<_> = nodes
             .iter()
             .map(|node| {
-                let (paths, present) = (lab.paths(), &present);
+                let (slim, pki) = (&slim, pki.as_deref());
                 s.spawn(move || -> Result<()> {
-                    for (name, remote) in present {
-                        node.push(&built(paths, name), remote)?;
+                    for (local, remote) in slim {
+                        node.push(local, remote)?;
                     }
-                    start_agent(node)
+                    match pki {
+                        Some(pki) => start_agent(lab, node, pki),
+                        None => Ok(()),
+                    }
                 })
             })
             .collect();
@@ -57,10 +70,63 @@ pub fn deploy(lab: &Lab) -> Result<Vec<&'static str>> {
         }
         Ok::<(), anyhow::Error>(())
     })?;
-    Ok(ARTEFACTS.iter().filter(|a| !present.iter().any(|p| p.0 == a.0)).map(|a| a.0).collect())
+    Ok(missing)
 }
 
-/// Starts the node's migration agent.
-fn start_agent(_node: &Node) -> Result<()> {
-    Ok(())
+/// The artefact without its line tables, which are most of it; the build id
+/// stays. Kept until the artefact is built anew.
+fn stripped(paths: &Paths, name: &str) -> Result<PathBuf> {
+    let from = built(paths, name);
+    let dir = paths.lab().join("stripped");
+    let to = dir.join(name);
+    let age = |p: &Path| fs::metadata(p).and_then(|m| m.modified()).ok();
+    if age(&to).is_some_and(|to| age(&from).is_some_and(|from| from < to)) {
+        return Ok(to);
+    }
+    fs::create_dir_all(&dir)?;
+    // Two labs may do this at once: make it aside, put it in place whole.
+    let aside = dir.join(format!(".{name}.{}", std::process::id()));
+    run(Command::new("strip").arg("--strip-debug").arg("-o").arg(&aside).arg(&from))?;
+    fs::rename(&aside, &to).with_context(|| format!("write {}", to.display()))?;
+    Ok(to)
+}
+
+/// A certificate authority of this checkout and a certificate per node, made
+/// by the project's own `pki` command. Returns their directory.
+fn certificates(lab: &Lab) -> Result<PathBuf> {
+    let dir = lab.paths().lab().join("pki");
+    if dir.join("complete").exists() {
+        return Ok(dir);
+    }
+    let _ = fs::remove_dir_all(&dir);
+    let migrrdma = built(lab.paths(), "migrrdma");
+    run(Command::new(&migrrdma).args(["pki", "init"]).arg(&dir).stdout(Stdio::null()))?;
+    for node in lab.nodes()? {
+        run(Command::new(&migrrdma)
+            .args(["pki", "issue"])
+            .arg(&dir)
+            .arg(node.name())
+            .args(["--ip", &node.spec.rdma_ip(), "--ip", &node.spec.lan_ip(), "--dns", node.name()])
+            .stdout(Stdio::null()))?;
+    }
+    fs::write(dir.join("complete"), "")?;
+    Ok(dir)
+}
+
+/// Starts the node's migration agent, or starts it again, and waits until it
+/// answers.
+fn start_agent(lab: &Lab, node: &Node, pki: &Path) -> Result<()> {
+    let configs = lab.paths().root.join("configs");
+    let name = node.name();
+    node.push(&pki.join("ca.pem"), "/etc/migrrdma/pki/ca.pem")?;
+    node.push(&pki.join(format!("{name}.pem")), "/etc/migrrdma/pki/node.pem")?;
+    node.push(&pki.join(format!("{name}.key")), "/etc/migrrdma/pki/node.key")?;
+    node.push(&configs.join("agent.json"), "/etc/migrrdma/agent.json")?;
+    node.push(&configs.join("systemd/migrrdma-agent.service"), "/etc/systemd/system/migrrdma-agent.service")?;
+    node.sh("systemctl daemon-reload && systemctl restart migrrdma-agent.service
+for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done
+echo 'the agent does not answer; its journal:'; migrrdma status
+journalctl -u migrrdma-agent --no-pager -n 30; exit 1")
+        .with_context(|| format!("start the agent of {name}"))
+        .map(|_| ())
 }
