@@ -90,6 +90,8 @@ impl MigrationHost {
         if job.incubator.is_some() {
             plugin_env.insert("MIGRRDMA_INCUBATOR".into(), format!("{}/incubator.sock", inject::AGENT_DIR));
         }
+        let spec = store::load_spec_file(&job.bundle.join("config.json"))?;
+        let skip = netns(&spec).is_some();
         let order = Order::Restore(RestoreOrder {
             root: self.root.clone(),
             id: job.id.clone(),
@@ -101,7 +103,8 @@ impl MigrationHost {
             file_locks: true,
             ext_unix_sk: false,
             skip_network_lock: true,
-            skip_create_hooks: false,
+            // Hooks that connect a given namespace to the network must not do so before the commit.
+            skip_create_hooks: skip,
             criu: Some(self.criu.clone()),
             plugin_dir: None,
             plugin_env,
