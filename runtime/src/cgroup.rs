@@ -71,6 +71,19 @@ impl Cgroup {
             .context("cannot set the container's resource limits")
     }
 
+    /// Limits RDMA objects for each device, which libcgroups does not know.
+    pub fn apply_rdma(path: &Path, resources: &LinuxResources) -> Result<()> {
+        for (device, limits) in resources.rdma().iter().flatten() {
+            enable_rdma(path);
+            let of = |limit: Option<u32>| limit.map_or("max".to_owned(), |n| n.to_string());
+            let line =
+                format!("{device} hca_handle={} hca_object={}", of(limits.hca_handles()), of(limits.hca_objects()));
+            let file = path.join("rdma.max");
+            fs::write(&file, &line).with_context(|| format!("cannot write {line:?} to {}", file.display()))?;
+        }
+        Ok(())
+    }
+
     /// Freezes all processes and waits until they stand still.
     pub fn freeze(&self) -> Result<()> {
         self.manager.freeze(FreezerState::Frozen).context("cannot freeze the container")
@@ -166,6 +179,15 @@ pub fn signal_pid(pid: i32, signal: i32) -> Result<()> {
 pub fn send_signal(pid: i32, signal: i32) -> nix::Result<()> {
     // SAFETY: kill takes two integers and touches no memory of ours.
     nix::errno::Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// Hands the controller down to the cgroup; a failure shows when it is used.
+fn enable_rdma(path: &Path) {
+    let mut above: Vec<&Path> = path.ancestors().skip(1).take_while(|p| p.starts_with(UNIFIED)).collect();
+    above.reverse();
+    for dir in above {
+        let _ = fs::write(dir.join("cgroup.subtree_control"), "+rdma");
+    }
 }
 
 fn collect_pids(path: &Path, pids: &mut Vec<i32>) -> Result<()> {

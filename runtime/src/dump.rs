@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::criu_plan::{self, Common, Directories, MASK};
 use crate::gate::Gate;
 use crate::store::{self, ContainerHandle};
-use crate::{destroy, procfs, stdio};
+use crate::{destroy, keeper, stdio};
 
 /// Log of dumps, a name engines know.
 pub const LOG: &str = "dump.log";
@@ -35,6 +35,9 @@ pub struct DumpOptions {
     /// Memory pages only; the container goes on.
     pub pre_dump: bool,
     pub leave_running: bool,
+    /// CRIU's version and the kernel's abilities are known to suffice: saves
+    /// two runs of criu inside a migration's pause.
+    pub checked: bool,
     /// Remove the container's state afterwards (never with `leave_running` or `pre_dump`).
     pub remove: bool,
     pub tcp_skip_in_flight: bool,
@@ -51,6 +54,7 @@ impl DumpOptions {
             parent_path: None,
             pre_dump: false,
             leave_running: false,
+            checked: false,
             remove: true,
             tcp_skip_in_flight: false,
             link_remap: false,
@@ -78,6 +82,10 @@ pub struct ImageFacts {
     pub id: String,
     /// Hash of the shim mapped by its processes.
     pub shim: Option<String>,
+    /// Descriptors of carried exec'd processes that led out of the container,
+    /// with the stdio number that stands in for each.
+    #[serde(default)]
+    pub outside: Vec<(String, usize)>,
 }
 
 impl ImageFacts {
@@ -111,21 +119,33 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
     let pid = handle.init_pid().context(store::NOT_RUNNING)?;
     let common = &options.common;
     check_parent(options)?;
-    let version = common.driver(false, LOG).version()?;
-    if version < OLDEST {
-        bail!("CRIU {version} is too old, {OLDEST} or newer is needed");
+    if !options.checked {
+        let version = common.driver(false, LOG).version()?;
+        if version < OLDEST {
+            bail!("CRIU {version} is too old, {OLDEST} or newer is needed");
+        }
     }
-    if (options.pre_dump || options.parent_path.is_some()) && !common.driver(false, LOG).features()?.mem_track {
+    if !options.checked
+        && (options.pre_dump || options.parent_path.is_some())
+        && !common.driver(false, LOG).features()?.mem_track
+    {
         bail!("this kernel or CRIU cannot track memory changes; checkpoint without --pre-dump and --parent-path");
     }
     let spec = handle.spec()?;
     let dirs = Directories::open(common, true)?;
-    let opts = request(&handle, &spec, pid, options, &dirs)?;
     let keys = stdio::keys(pid);
+    let outside = gather_tree(&handle, options)?;
+    let mut opts = request(&handle, &spec, pid, options, &dirs)?;
+    let files = outside.iter().map(|(key, _)| key).filter(|key| key.starts_with("file["));
+    opts.external.extend(files.cloned());
     if !options.pre_dump {
         stdio::write(&common.image_path, &keys)?;
-        let facts =
-            ImageFacts { version: FACTS_VERSION, id: handle.id().to_owned(), shim: handle.sidecar.shim.clone() };
+        let facts = ImageFacts {
+            version: FACTS_VERSION,
+            id: handle.id().to_owned(),
+            shim: handle.sidecar.shim.clone(),
+            outside,
+        };
         store::write_json(&common.image_path.join(FACTS), &facts)?;
     }
     run(&handle, opts, options, gate)?;
@@ -137,6 +157,21 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
         destroy::remove(handle)?;
     }
     Ok(DumpReport { pid, was_paused })
+}
+
+/// Makes sure that CRIU will find every process of a container with RDMA, or
+/// refuses by name. Other containers are dumped as runc dumps them.
+fn gather_tree(handle: &ContainerHandle, options: &DumpOptions) -> Result<Vec<(String, usize)>> {
+    if handle.sidecar.shim.is_none() || options.leave_running || options.pre_dump {
+        return Ok(Vec::new());
+    }
+    if let Some((pid, name)) = keeper::outsiders(handle)?.first() {
+        bail!(
+            "process {pid} ({name}) entered container {} from outside and is no child of its init, so it would be lost; end it first",
+            handle.id()
+        );
+    }
+    keeper::release(handle)
 }
 
 fn handle_after(handle: ContainerHandle, was_paused: bool) -> Result<()> {
@@ -226,7 +261,6 @@ fn request(
         }
     }
     opts.external.extend(stdio::external(&stdio::keys(pid)).cloned());
-    debug_assert!(procfs::stat(pid).is_some());
     Ok(opts)
 }
 

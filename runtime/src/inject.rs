@@ -1,6 +1,8 @@
 //! Putting the RDMA shim into a container: the only place that does.
 //!
-//! The specification gets three more bind mounts and nothing else changes:
+//! The specification gets three more bind mounts and, if it has none, a time
+//! namespace, so that the monotonic clock goes on after a move; nothing else
+//! changes:
 //!
 //! | in the container | on the host | |
 //! |---|---|---|
@@ -19,7 +21,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use libcontainer::oci_spec::runtime::{Mount, MountBuilder, Spec};
+use libcontainer::oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Mount, MountBuilder, Spec};
 
 use crate::rootfs;
 use crate::store;
@@ -115,7 +117,26 @@ pub fn inject(spec: &mut Spec, id: &str, rootfs: &Path, shim: Option<&str>, host
     mounts.push(bind(&library, SHIM_PATH, &["ro"])?);
     mounts.push(bind(&preload, PRELOAD, &["ro", "noexec"])?);
     spec.set_mounts(Some(mounts));
+    own_time(spec)?;
     Ok(hash)
+}
+
+/// Gives the container a time namespace of its own where the kernel has them:
+/// CRIU carries its clock offsets, and a process sleeping until an absolute
+/// monotonic time would else sleep for ever, or not at all, on another host.
+fn own_time(spec: &mut Spec) -> Result<()> {
+    let Some(mut linux) = spec.linux().clone() else {
+        return Ok(());
+    };
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    let has_time = namespaces.iter().any(|n| n.typ() == LinuxNamespaceType::Time);
+    if has_time || !Path::new("/proc/self/ns/time").exists() {
+        return Ok(());
+    }
+    namespaces.push(LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Time).build()?);
+    linux.set_namespaces(Some(namespaces));
+    spec.set_linux(Some(linux));
+    Ok(())
 }
 
 fn bind(source: &Path, destination: &str, options: &[&str]) -> Result<Mount> {
@@ -240,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn three_mounts_are_added_and_nothing_else() {
+    fn three_mounts_and_a_time_namespace_are_added_and_nothing_else() {
         let host = host();
         let rootfs = host.dir.path().join("rootfs");
         let before = rdma_spec();
@@ -251,6 +272,13 @@ mod tests {
         let at: Vec<_> = added.iter().map(|m| m.destination().to_str().unwrap()).collect();
         assert_eq!(at, [AGENT_DIR, SHIM_PATH, PRELOAD]);
         spec.set_mounts(Some(mounts));
+        let mut linux = spec.linux().clone().unwrap();
+        let mut namespaces = linux.namespaces().clone().unwrap();
+        if Path::new("/proc/self/ns/time").exists() {
+            assert_eq!(namespaces.pop().unwrap().typ(), LinuxNamespaceType::Time);
+        }
+        linux.set_namespaces(Some(namespaces));
+        spec.set_linux(Some(linux));
         assert_eq!(spec, before);
         assert!(host.paths.agent_dir("x").is_dir());
     }

@@ -22,9 +22,10 @@ use libcontainer::validator::Validator;
 use libcontainer::{tty, utils};
 
 use crate::cgroup::{self, Cgroup};
+use crate::executor::ContainerExec;
 use crate::inject::{self, HostPaths};
 use crate::store::{self, ContainerHandle, Sidecar};
-use crate::{destroy, procfs, stdio};
+use crate::{destroy, devices, procfs, rootfs, stdio};
 
 /// Where a new container's terminal goes.
 #[derive(Debug, Default)]
@@ -186,6 +187,7 @@ pub fn wants_terminal(spec: &Spec) -> bool {
 
 fn create_in(dir: &Path, id: &str, prepared: &Prepared, options: &mut CreateOptions) -> Result<ContainerHandle> {
     let mut handle = new_handle(dir, id, prepared, options.systemd_cgroup)?;
+    make_cwd(&prepared.spec, &prepared.rootfs)?;
     let console = match std::mem::take(&mut options.console) {
         Console::None => None,
         Console::Pair(fd) => Some(fd),
@@ -210,7 +212,7 @@ fn create_in(dir: &Path, id: &str, prepared: &Prepared, options: &mut CreateOpti
         user_ns_config: UserNamespaceConfig::new(&prepared.spec)?,
         cgroup_config: cgroup::config(&prepared.spec, id, options.systemd_cgroup)?,
         detached: options.detached,
-        executor: libcontainer::workload::default::get_executor(),
+        executor: Box::new(ContainerExec { keep: false }),
         no_pivot: options.no_pivot,
         stdin: raw(0),
         stdout: raw(1),
@@ -222,6 +224,7 @@ fn create_in(dir: &Path, id: &str, prepared: &Prepared, options: &mut CreateOpti
     restore_oom_score(score);
     let pid = pid.context("cannot create the container's process")?.as_raw();
     adopt_process(&mut handle, pid)?;
+    confine(&prepared.spec, &handle.sidecar.cgroup)?;
     handle.sidecar.descriptors = stdio::links(pid);
     handle.set_status(ContainerStatus::Created)?;
     Ok(handle)
@@ -234,6 +237,40 @@ pub fn adopt_process(handle: &mut ContainerHandle, pid: i32) -> Result<()> {
     handle.sidecar.start_time = Some(stat.start_time);
     handle.sidecar.cgroup = procfs::unified_cgroup(pid).unwrap_or_default();
     Ok(())
+}
+
+/// What libcgroups does not do on the unified hierarchy. `cgroup` is relative
+/// to its mount point; empty where there is none.
+pub fn confine(spec: &Spec, cgroup: &Path) -> Result<()> {
+    let Ok(inside) = cgroup.strip_prefix("/") else {
+        return Ok(());
+    };
+    let path = Path::new("/sys/fs/cgroup").join(inside);
+    // On hybrid hosts the old device controller does it.
+    if inside.as_os_str().is_empty() || !path.join("cgroup.procs").exists() {
+        return Ok(());
+    }
+    if let Some(resources) = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
+        Cgroup::apply_rdma(&path, resources)?;
+    }
+    devices::restrict(spec, &path)
+}
+
+/// runc makes a missing working directory.
+fn make_cwd(spec: &Spec, root: &Path) -> Result<()> {
+    let Some(process) = spec.process() else {
+        return Ok(());
+    };
+    let cwd = rootfs::resolve_inside(root, process.cwd())?;
+    let mounted = spec.mounts().iter().flatten().any(|mount| {
+        let at = mount.destination().strip_prefix("/").unwrap_or(mount.destination());
+        !at.as_os_str().is_empty() && cwd.starts_with(at)
+    });
+    let path = root.join(&cwd);
+    if mounted || path.exists() {
+        return Ok(());
+    }
+    fs::create_dir_all(&path).with_context(|| format!("cannot make the working directory {}", path.display()))
 }
 
 /// Children inherit the score, and only before they lose their rights.

@@ -14,6 +14,7 @@ mod cmd;
 mod console;
 mod criu_plan;
 mod destroy;
+mod devices;
 mod dump;
 mod executor;
 mod foreground;

@@ -10,6 +10,7 @@
 //! monitor needs its starter no more: the agent may come and go.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -240,6 +241,45 @@ struct Pipes {
     ours: [OwnedFd; 2],
 }
 
+/// Where a restored container writes whose output was a regular file: a file
+/// without a name, read as it grows.
+struct Spool {
+    file: File,
+    read: u64,
+    stream: Stream,
+}
+
+/// Read parts of a spool are given back to the disk in steps of this size.
+const SPOOL_STEP: u64 = 1 << 20;
+
+impl Spool {
+    fn new(record: &Record, stream: Stream) -> Result<Spool> {
+        Ok(Spool { file: record.spool()?, read: 0, stream })
+    }
+
+    /// Its writing end for the container.
+    fn writer(&self) -> Result<OwnedFd> {
+        // Opened anew: the reader's position is not the writer's.
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.file));
+        let file = File::options().read(true).append(true).open(path).context("cannot open the output file")?;
+        Ok(file.into())
+    }
+
+    fn copy(&mut self, log: &mut LogWriter) {
+        use std::os::unix::fs::FileExt;
+        let mut buf = [0u8; 65536];
+        while let Ok(len @ 1..) = self.file.read_at(&mut buf, self.read) {
+            drop(log.add(self.stream, &buf[..len]));
+            let before = self.read / SPOOL_STEP;
+            self.read += len as u64;
+            if self.read / SPOOL_STEP > before {
+                let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                let _ = fallocate(&self.file, hole, 0, self.read as i64);
+            }
+        }
+    }
+}
+
 fn pipes() -> Result<Pipes> {
     // stdin is a pipe whose far end is closed: empty, as /dev/null is, but of
     // the kind that is found again after a restore.
@@ -256,15 +296,23 @@ fn supervise(order: &Order, stream: &mut BufReader<UnixStream>) -> Result<()> {
     };
     let record = Record::of(id)?;
     let Pipes { container, ours } = pipes()?;
+    let mut spools = Vec::new();
     let pid = match order {
         Order::Run(order) => run(order, container, &record)?,
-        Order::Restore(order) => restore_held(order, container, &record, stream)?,
+        Order::Restore(order) => {
+            if restore::wants_files(&order.image_path)? {
+                spools = vec![Spool::new(&record, Stream::Stdout)?, Spool::new(&record, Stream::Stderr)?];
+            }
+            let writer = |n: usize| spools.get(n).map(Spool::writer).transpose();
+            let files = [None, writer(0)?, writer(1)?];
+            restore_held(order, container, files, &record, stream)?
+        }
     };
     let running = send(stream.get_mut(), &Event::Running { pid });
     // The starter may be gone; the container is not.
     drop(running);
     stream.get_ref().shutdown(std::net::Shutdown::Both).ok();
-    watch(pid, ours, &record)
+    watch(pid, ours, spools, &record)
 }
 
 fn run(order: &RunOrder, stdio: [Option<OwnedFd>; 3], record: &Record) -> Result<i32> {
@@ -296,6 +344,7 @@ fn run(order: &RunOrder, stdio: [Option<OwnedFd>; 3], record: &Record) -> Result
 fn restore_held(
     order: &RestoreOrder,
     stdio: [Option<OwnedFd>; 3],
+    files: [Option<OwnedFd>; 3],
     record: &Record,
     stream: &mut BufReader<UnixStream>,
 ) -> Result<i32> {
@@ -320,6 +369,7 @@ fn restore_held(
     options.create_hooks = !order.skip_create_hooks;
     options.pid_file = order.pid_file.clone();
     options.stdio = stdio;
+    options.files = files;
     let mut gate = SocketGate { stream, hold: order.hold, record };
     Ok(restore::restore(options, &mut gate)?.pid)
 }
@@ -365,7 +415,7 @@ impl Gate for SocketGate<'_> {
 }
 
 /// Until the container's init ends: output to the log, zombies to their rest.
-fn watch(pid: i32, outputs: [OwnedFd; 2], record: &Record) -> Result<()> {
+fn watch(pid: i32, outputs: [OwnedFd; 2], mut spools: Vec<Spool>, record: &Record) -> Result<()> {
     let signals = foreground::block_signals()?;
     let mut log = LogWriter::open(record)?;
     let mut open = [true, true];
@@ -376,6 +426,7 @@ fn watch(pid: i32, outputs: [OwnedFd; 2], record: &Record) -> Result<()> {
             None => false,
         };
         if let (true, Some((status, _))) = (done, ended) {
+            spools.iter_mut().for_each(|spool| spool.copy(&mut log));
             let _ = log.finish();
             return record.finish(status);
         }
@@ -389,6 +440,7 @@ fn watch(pid: i32, outputs: [OwnedFd; 2], record: &Record) -> Result<()> {
         }
         let timeout = match ended {
             Some(_) => PollTimeout::from(50u8),
+            None if !spools.is_empty() => PollTimeout::from(250u8),
             None => PollTimeout::NONE,
         };
         match poll(&mut fds, timeout) {
@@ -397,6 +449,7 @@ fn watch(pid: i32, outputs: [OwnedFd; 2], record: &Record) -> Result<()> {
         }
         let ready: Vec<bool> = fds.iter().map(|fd| fd.revents().is_some_and(|r| !r.is_empty())).collect();
         drop(fds);
+        spools.iter_mut().for_each(|spool| spool.copy(&mut log));
         for (stream, ready) in streams.iter().zip(&ready[1..]) {
             if *ready {
                 let n = *stream as usize;

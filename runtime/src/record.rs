@@ -67,6 +67,20 @@ impl Record {
         self.dir.is_dir()
     }
 
+    /// A new file without a name on the record's disk.
+    pub fn spool(&self) -> Result<File> {
+        fs::create_dir_all(&self.dir).with_context(|| format!("cannot make {}", self.dir.display()))?;
+        let path = self.dir.join(format!(".spool.{}", std::process::id()));
+        let file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create_new(true)
+            .open(&path)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        fs::remove_file(&path)?;
+        Ok(file)
+    }
+
     /// The newest log file.
     pub fn log_path(&self) -> PathBuf {
         self.dir.join("log")

@@ -27,6 +27,9 @@ use crate::{console, destroy, mountpoints, procfs, stdio};
 /// Log of restores, a name engines know.
 pub const LOG: &str = "restore.log";
 
+/// An image that names more descriptors was not made by a container.
+const MAX_OUTSIDE: usize = 1024;
+
 /// How to restore.
 #[derive(Debug)]
 pub struct RestoreOptions {
@@ -49,6 +52,8 @@ pub struct RestoreOptions {
     pub lsm_mount_context: Option<String>,
     /// stdin, stdout, stderr; inherited from this process where `None`.
     pub stdio: [Option<OwnedFd>; 3],
+    /// Stand-ins for stdio that was a regular file, where `stdio` is none.
+    pub files: [Option<OwnedFd>; 3],
 }
 
 impl RestoreOptions {
@@ -67,6 +72,7 @@ impl RestoreOptions {
             lsm_profile: None,
             lsm_mount_context: None,
             stdio: [None, None, None],
+            files: [None, None, None],
         }
     }
 }
@@ -97,6 +103,10 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
             "the image's processes use the RDMA shim, but the bundle's config.json has no RDMA device; add it, or annotation org.migrrdma.inject=true"
         );
     }
+    let outside = facts.map(|facts| facts.outside).unwrap_or_default();
+    if outside.len() > MAX_OUTSIDE || outside.iter().any(|(_, n)| *n > 2) {
+        bail!("{} of the image is malformed", crate::dump::FACTS);
+    }
     let dir = launch::make_state_dir(&options.root, &options.id)?;
     let id = options.id.clone();
     let cgroup = Cgroup::for_spec(&prepared.spec, &id, options.systemd_cgroup);
@@ -104,7 +114,7 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
     let result = (|| {
         let cgroup = cgroup.as_ref().map_err(|err| anyhow::anyhow!("{err:#}"))?;
         let root = MountedRoot::new(&dir, &prepared.rootfs)?;
-        restore_in(&dir, &prepared, options, cgroup, &root.0, gate)
+        restore_in(&dir, &prepared, outside, options, cgroup, &root.0, gate)
     })();
     result.inspect_err(|_| destroy::leftovers(&dir, &id, cgroup.as_ref().ok(), injected))
 }
@@ -112,6 +122,7 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
 fn restore_in(
     dir: &Path,
     prepared: &Prepared,
+    outside: Vec<(String, usize)>,
     mut options: RestoreOptions,
     cgroup: &Cgroup,
     criu_root: &Path,
@@ -140,12 +151,16 @@ fn restore_in(
         let fd = criu.pass_fd(file.into());
         opts.inherit_fd.push(inherit(key, fd));
     }
-    let stdio_fds = std::mem::take(&mut options.stdio);
-    for (n, fd) in stdio_fds.into_iter().enumerate() {
-        criu.stdio(n, own_or(fd, n)?);
+    let mut stdio_fds = Vec::new();
+    for (n, fd) in std::mem::take(&mut options.stdio).into_iter().enumerate() {
+        stdio_fds.push(own_or(fd, n)?);
     }
-    for (key, n) in stdio::inheritable(&common.image_path)? {
-        opts.inherit_fd.push(inherit(&key, n as i32));
+    for (key, n) in stdio::inheritable(&common.image_path)?.into_iter().chain(outside) {
+        let fd = criu.pass_fd(stand_in(&key, n, &stdio_fds[n], &options.files)?);
+        opts.inherit_fd.push(inherit(&key, fd));
+    }
+    for (n, fd) in stdio_fds.into_iter().enumerate() {
+        criu.stdio(n, fd);
     }
     criu.place(Box::new(|pid, opts| place(cgroup, spec, pid, opts).map_err(|err| format!("{err:#}"))));
 
@@ -221,6 +236,30 @@ fn own_or(fd: Option<OwnedFd>, n: usize) -> Result<OwnedFd> {
         .context("cannot duplicate stdio")
 }
 
+/// Whether an image needs [`RestoreOptions::files`] when stdio is pipes.
+pub fn wants_files(image_dir: &Path) -> Result<bool> {
+    let mut keys = stdio::inheritable(image_dir)?;
+    keys.extend(ImageFacts::read(image_dir)?.into_iter().flat_map(|facts| facts.outside));
+    Ok(keys.iter().any(|(key, n)| key.starts_with("file[") && *n > 0))
+}
+
+/// What takes the place of a descriptor that led out of the container. CRIU
+/// puts a file's position back, which a pipe refuses.
+fn stand_in(key: &str, n: usize, stdio: &OwnedFd, files: &[Option<OwnedFd>; 3]) -> Result<OwnedFd> {
+    let seekable = nix::unistd::lseek(stdio, 0, nix::unistd::Whence::SeekCur).is_ok();
+    if !key.starts_with("file[") || seekable {
+        return stdio.try_clone().context("cannot duplicate stdio");
+    }
+    match (&files[n], n) {
+        (Some(file), _) => file.try_clone().context("cannot duplicate stdio"),
+        (None, 0) => Ok(File::options().read(true).write(true).open("/dev/null")?.into()),
+        (None, _) => bail!(
+            "{} of the image was a file, which a pipe cannot replace; restore with it redirected to a file or /dev/null",
+            ["stdin", "stdout", "stderr"][n]
+        ),
+    }
+}
+
 fn inherit(key: &str, fd: i32) -> Inherit_fd {
     let mut entry = Inherit_fd::new();
     entry.set_key(key.into());
@@ -235,6 +274,7 @@ fn place(cgroup: &Cgroup, spec: &Spec, pid: i32, opts: &mut Criu_opts) -> Result
     if let Some(resources) = linux.and_then(|linux| linux.resources().as_ref()) {
         cgroup.apply(resources)?;
     }
+    launch::confine(spec, &procfs::unified_cgroup(pid).unwrap_or_default())?;
     for (controllers, path) in procfs::cgroups(pid) {
         let mut root = Cgroup_root::new();
         root.set_ctrl(controllers);

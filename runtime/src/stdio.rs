@@ -3,11 +3,11 @@
 //! They lead out of the container, so CRIU must be told which they are when
 //! dumping and be handed replacements when restoring. `descriptors.json` in
 //! the image directory is the list, in runc's form: one string each, of which
-//! `pipe:[INODE]` is inherited. A regular file from outside the container is
+//! `pipe:[INODE]` is inherited. A file or /dev/null from outside the container is
 //! added as `file[MNT:INODE]`, CRIU's key for it, which runc ignores.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use anyhow::{Result, bail};
@@ -35,10 +35,16 @@ pub fn external(keys: &[String]) -> impl Iterator<Item = &String> {
     keys.iter().filter(|key| key.starts_with("file["))
 }
 
-/// CRIU's key of a regular file that lies on none of the process' own mounts.
+/// /dev/null and its like, which CRIU treats as files.
+fn is_memory_device(meta: &fs::Metadata) -> bool {
+    const MEM_MAJOR: u64 = 1;
+    meta.file_type().is_char_device() && nix::sys::stat::major(meta.rdev()) == MEM_MAJOR
+}
+
+/// CRIU's key of a file that lies on none of the process' own mounts.
 fn outside_file(pid: i32, n: i32) -> Option<String> {
     let meta = fs::metadata(format!("/proc/{pid}/fd/{n}")).ok()?;
-    if !meta.is_file() {
+    if !meta.is_file() && !is_memory_device(&meta) {
         return None;
     }
     let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{n}")).ok()?;

@@ -23,6 +23,8 @@ use libcontainer::tty;
 use nix::fcntl::OFlag;
 
 use crate::cgroup;
+use crate::executor::ContainerExec;
+use crate::keeper;
 use crate::launch::Console;
 use crate::store::{self, ContainerHandle};
 
@@ -158,6 +160,8 @@ fn launch(
     notify: &Path,
     options: &TenantOptions,
 ) -> Result<i32> {
+    // A terminal belongs to a session, which a keeper would split.
+    let keep = handle.sidecar.shim.is_some() && console.is_none();
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let cgroup_config = cgroup::config(&spec, handle.id(), handle.container.systemd())?;
     nix::sys::prctl::set_dumpable(false)?;
@@ -174,7 +178,7 @@ fn launch(
         user_ns_config: None,
         cgroup_config,
         detached: options.detached,
-        executor: libcontainer::workload::default::get_executor(),
+        executor: Box::new(ContainerExec { keep }),
         no_pivot: false,
         stdin: None,
         stdout: None,
@@ -191,6 +195,9 @@ fn launch(
     if !why.is_empty() {
         let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
         bail!("cannot run the command in the container: {why}");
+    }
+    if keep {
+        keeper::record(handle, pid)?;
     }
     Ok(pid)
 }

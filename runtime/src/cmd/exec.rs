@@ -3,10 +3,10 @@
 use anyhow::Result;
 
 use crate::cli::{Exec, Global};
-use crate::foreground;
 use crate::launch::{self, Console};
 use crate::store::ContainerHandle;
 use crate::tenant::{self, TenantOptions};
+use crate::{foreground, keeper};
 
 pub fn run(args: Exec, global: &Global) -> Result<i32> {
     let handle = ContainerHandle::load(super::root(global), &args.id)?;
@@ -45,5 +45,7 @@ pub fn run(args: Exec, global: &Global) -> Result<i32> {
     }
     let terminal = pair.map(|socket| foreground::receive_console(&socket)).transpose()?;
     let signals = foreground::block_signals()?;
-    foreground::wait(pid, &signals, terminal)
+    let status = foreground::wait(pid, &signals, terminal);
+    keeper::forget(&handle, pid);
+    status
 }
