@@ -203,7 +203,7 @@ unsafe fn by_ioctl(fd: c_int, buffer: *const c_void, count: size_t) -> ssize_t {
         driver_id: RDMA_DRIVER_RXE,
         reserved2: 0,
         attrs: [
-            attr(UVERBS_ATTR_WRITE_CMD, size_of::<u32>(), u64::from(command & 0xff)),
+            attr(UVERBS_ATTR_WRITE_CMD, size_of::<u64>(), u64::from(command & 0xff)),
             attr(UVERBS_ATTR_CORE_IN, input, buffer as u64 + WRITE_HEADER as u64),
             attr(UVERBS_ATTR_CORE_OUT, usize::from(out_words) * 4, response),
         ],
