@@ -29,6 +29,7 @@ struct ContextIdentity {
 pub struct Identity {
     contexts: Vec<ContextIdentity>,
     links: Vec<LinkIdentity>,
+    idle: Vec<QpView>,
     queues: Vec<i32>,
 }
 
@@ -58,7 +59,12 @@ impl Identity {
                 memory: [l.send_mr.fields(), l.second_mr.fields(), l.shared_mr.fields(), l.pool.mr.fields()],
             });
         }
-        Ok(Self { contexts, links, queues: rig.queues.iter().map(|q| q.cq.entries()).collect() })
+        Ok(Self {
+            contexts,
+            links,
+            idle: rig.idle.iter().map(|q| q.query().map_err(|e| e.to_string())).collect::<Result<_, _>>()?,
+            queues: rig.queues.iter().map(|q| q.cq.entries()).collect(),
+        })
     }
 
     /// Asks for everything anew and compares; violations go to the rig's list. False when there was
@@ -77,6 +83,9 @@ impl Identity {
         }
         for (i, (a, b)) in self.links.iter().zip(&now.links).enumerate() {
             changed(rig, &rig.links[i].to_string(), a, b);
+        }
+        for (i, (a, b)) in self.idle.iter().zip(&now.idle).enumerate() {
+            changed(rig, &format!("unused QP {i}"), a, b);
         }
         changed(rig, "sizes of the CQs", &self.queues, &now.queues);
         rig.stats.identity_checks.fetch_add(1, Ordering::Relaxed);

@@ -37,6 +37,7 @@ fn role(command: Command) -> Result<bool> {
     match command {
         Command::Server { bind, port, processes: 1, end } => {
             let l = TcpListener::bind((bind.as_str(), port)).with_context(|| format!("listen on {bind}:{port}"))?;
+            say(&serde_json::json!({"event": "listening", "port": port}).to_string())?;
             one_end(Side::Server, || Wire::accept(&l, patience(&end)), None, &end)
         }
         Command::Client { connect, port, processes: 1, workload, end } => {

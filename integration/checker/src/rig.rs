@@ -9,7 +9,7 @@ use crate::pattern::{self, Side};
 use crate::receive::{Pool, Receiver};
 use crate::region;
 use crate::stats::Stats;
-use crate::verbs::{Channel, Context, Cq, Endpoint, Memory, Mr, Pd, Qp, QpOptions, Srq};
+use crate::verbs::{Channel, Context, Cq, Endpoint, Memory, Mr, Pd, Qp, QpOptions, RestState, Srq};
 use crate::wake::Wake;
 use crate::workload::{Completions, Workload};
 use anyhow::{Context as _, Result, bail};
@@ -76,6 +76,8 @@ pub struct Rig {
     pools: Vec<Arc<Pool>>,
     /// QPs.
     pub links: Vec<Link>,
+    /// Unused QPs in various states.
+    pub idle: Vec<Qp>,
     /// Time.
     pub clock: Arc<Clock>,
     /// Violations.
@@ -125,6 +127,7 @@ impl Rig {
             units: Vec::new(),
             pools: Vec::new(),
             links: Vec::new(),
+            idle: Vec::new(),
             clock,
             failures: Arc::default(),
             stats: Arc::default(),
@@ -137,6 +140,9 @@ impl Rig {
         rig.make_pds()?;
         rig.make_queues()?;
         rig.make_links()?;
+        if rig.w.idle_qps {
+            rig.make_idle().context("make unused QPs")?;
+        }
         Ok(rig)
     }
 
@@ -296,6 +302,31 @@ impl Rig {
         Ok(Link::new(index, self.side, &self.w, parts))
     }
 
+    /// One unused QP in each state a QP can rest in; those that have a peer have themselves.
+    fn make_idle(&mut self) -> Result<()> {
+        let cq = &self.queues[0].cq;
+        let o = self.options();
+        let gid = self.contexts[0].gid(self.port, i32::from(self.gid_index))?;
+        for rest in [None, Some(RestState::Reset), Some(RestState::Error)] {
+            let (qp, _) = Qp::create(&self.pds[0], cq, cq, None, &o)?;
+            if let Some(state) = rest {
+                qp.rest_in(state)?;
+            }
+            self.idle.push(qp);
+        }
+        for drained in [false, true] {
+            let (qp, _) = Qp::create(&self.pds[0], cq, cq, None, &o)?;
+            let own = Endpoint { qpn: qp.qpn(), psn: 7, gid, lid: 0 };
+            qp.to_rtr(&own, &o)?;
+            if drained {
+                qp.to_rts(7, &o)?;
+                qp.rest_in(RestState::Drained)?;
+            }
+            self.idle.push(qp);
+        }
+        Ok(())
+    }
+
     fn initialise(&self, shared: &Memory, qp: u16) {
         let layout = Layout::new(&self.w);
         let mut content = vec![0; layout.slot_len];
@@ -365,6 +396,9 @@ impl Rig {
     /// # Errors
     /// Naming the object that could not be destroyed.
     pub fn destroy(self) -> Result<()> {
+        for qp in &self.idle {
+            qp.destroy().context("destroy an unused QP")?;
+        }
         for l in &self.links {
             l.qp.destroy().with_context(|| format!("destroy {l}"))?;
             for mr in [l.send_mr, l.second_mr, l.shared_mr] {

@@ -229,6 +229,12 @@ pub struct Workload {
     /// A thread that makes and destroys MRs, CQs and QPs all the time
     #[arg(long)]
     pub churn: bool,
+    /// Also keep unused QPs in the states RESET, INIT, RTR, SQD and ERR
+    #[arg(long)]
+    pub idle_qps: bool,
+    /// The server posts no RECV anew for so many seconds, 3 seconds after the start (implies --no-credits)
+    #[arg(long, default_value_t = 0.0)]
+    pub starve: f64,
     /// Put a fault into the client's own model: the run must then fail
     #[arg(long, value_enum)]
     pub self_test: Option<Fault>,
@@ -258,6 +264,9 @@ impl Workload {
         let lanes = u32::from(self.lanes());
         if self.depth < lanes {
             return Err(format!("--depth must be at least {lanes}, one for each posting thread"));
+        }
+        if self.starve > 0.0 {
+            self.no_credits = true;
         }
         if self.solicited {
             if self.completions == Completions::Poll {

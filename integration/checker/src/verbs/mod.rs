@@ -12,7 +12,7 @@ mod queue;
 
 pub use device::{AsyncEvent, Context, DeviceInfo, Pd, PortInfo, fork_init};
 pub use memory::{Memory, Mr, MrFields};
-pub use qp::{Endpoint, Qp, QpOptions, QpView, SendBatch, Sge, Verb, Wr};
+pub use qp::{Endpoint, Qp, QpOptions, QpView, RestState, SendBatch, Sge, Verb, Wr};
 pub use queue::{Channel, Cq, RecvBatch, Srq, Wc, WcOpcode};
 
 use std::io;

@@ -42,6 +42,17 @@ pub struct QpOptions {
     pub mtu: u32,
 }
 
+/// A state an unused queue pair may rest in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RestState {
+    /// RESET.
+    Reset,
+    /// SQD.
+    Drained,
+    /// ERR.
+    Error,
+}
+
 /// Where a queue pair is, for the other end to connect to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
@@ -166,6 +177,15 @@ impl Qp {
     /// # Errors
     /// As the library says.
     pub fn connect(&self, psn: u32, peer: &Endpoint, o: &QpOptions) -> io::Result<()> {
+        self.to_rtr(peer, o)?;
+        self.to_rts(psn, o)
+    }
+
+    /// INIT to RTR against `peer`.
+    ///
+    /// # Errors
+    /// As the library says.
+    pub fn to_rtr(&self, peer: &Endpoint, o: &QpOptions) -> io::Result<()> {
         use ib::ibv_qp_attr_mask as m;
         // SAFETY: plain C data.
         let mut a: ib::ibv_qp_attr = unsafe { std::mem::zeroed() };
@@ -188,7 +208,17 @@ impl Qp {
             | m::IBV_QP_RQ_PSN
             | m::IBV_QP_MAX_DEST_RD_ATOMIC
             | m::IBV_QP_MIN_RNR_TIMER;
-        self.modify("ibv_modify_qp to RTR", &mut a, rtr)?;
+        self.modify("ibv_modify_qp to RTR", &mut a, rtr)
+    }
+
+    /// RTR to RTS.
+    ///
+    /// # Errors
+    /// As the library says.
+    pub fn to_rts(&self, psn: u32, o: &QpOptions) -> io::Result<()> {
+        use ib::ibv_qp_attr_mask as m;
+        // SAFETY: plain C data.
+        let mut a: ib::ibv_qp_attr = unsafe { std::mem::zeroed() };
         a.qp_state = ib::ibv_qp_state::IBV_QPS_RTS;
         a.sq_psn = psn;
         a.timeout = o.timeout;
@@ -202,6 +232,21 @@ impl Qp {
             | m::IBV_QP_SQ_PSN
             | m::IBV_QP_MAX_QP_RD_ATOMIC;
         self.modify("ibv_modify_qp to RTS", &mut a, rts)
+    }
+
+    /// From INIT (or RTS, for SQD) to a state an unused QP may rest in.
+    ///
+    /// # Errors
+    /// As the library says.
+    pub fn rest_in(&self, state: RestState) -> io::Result<()> {
+        // SAFETY: plain C data.
+        let mut a: ib::ibv_qp_attr = unsafe { std::mem::zeroed() };
+        a.qp_state = match state {
+            RestState::Reset => ib::ibv_qp_state::IBV_QPS_RESET,
+            RestState::Drained => ib::ibv_qp_state::IBV_QPS_SQD,
+            RestState::Error => ib::ibv_qp_state::IBV_QPS_ERR,
+        };
+        self.modify("ibv_modify_qp to a resting state", &mut a, ib::ibv_qp_attr_mask::IBV_QP_STATE)
     }
 
     /// The QP number, read from the public field.
