@@ -45,7 +45,6 @@ pub struct ShadowContext {
     pub keys: LocalKeys,
     /// `None` as long as the process is where it opened the device.
     pub view: RwLock<Option<View>>,
-    handed_over: AtomicBool,
     dead: AtomicBool,
 }
 
@@ -64,7 +63,6 @@ impl ShadowContext {
             qpns: Qpns::new(),
             keys: LocalKeys::new(),
             view: RwLock::new(None),
-            handed_over: AtomicBool::new(false),
             dead: AtomicBool::new(false),
         });
         let table = this.table.get();
@@ -92,11 +90,6 @@ impl ShadowContext {
     /// libibverbs' own context.
     pub fn real(&self) -> *mut ibv_context {
         self.real.load(Ordering::Acquire)
-    }
-
-    /// The real extended table, if this libibverbs' has the field at `offset` of ours.
-    pub(crate) fn real_table(&self, offset: usize) -> Option<*const verbs_context> {
-        table_of(self.real(), offset)
     }
 
     pub fn is_dead(&self) -> bool {
@@ -138,12 +131,7 @@ impl ShadowContext {
     /// From now on the provider's doorbell goes by ioctl: this process did not open the device file itself, and the
     /// kernel refuses `write` on it.
     pub fn set_handed_over(&self, value: bool) {
-        self.handed_over.store(value, Ordering::Release);
         provider::rxe::set_handed_over(self.cmd_fd(), value);
-    }
-
-    pub fn is_handed_over(&self) -> bool {
-        self.handed_over.load(Ordering::Acquire)
     }
 
     /// Asks the real device everything a [`View`] holds.
@@ -206,8 +194,23 @@ pub(crate) fn unwrap(context: *mut ibv_context) -> *mut ibv_context {
     registry::find::<ShadowContext>(context).map_or(context, |c| c.real())
 }
 
+/// Whether the application has the provider's library linked by itself, for verbs beyond libibverbs' ("direct verbs"):
+/// those take the library's own objects and would not know ours. A plugin that libibverbs loaded has a name of its own.
+fn uses_direct_verbs(real: *mut ibv_context) -> Option<String> {
+    // SAFETY: a live context; the op is only looked at.
+    let op = unsafe { (*real).ops.poll_cq }? as usize;
+    let file = provider::elf::file_of(op)?;
+    let name = file.rsplit('/').next()?;
+    (!name.contains("-rdmav") && !name.contains("libibverbs")).then(|| name.to_owned())
+}
+
 /// Hands a context just opened to the application.
 fn adopt(real: *mut ibv_context) -> *mut ibv_context {
+    if let Some(library) = uses_direct_verbs(real) {
+        crate::blockers::note("ibv_open_device", format!("direct verbs of {library}"), 0);
+        control::start();
+        return real;
+    }
     let shadow = ShadowContext::new(real);
     registry::add(&shadow);
     provider::rxe::patch();

@@ -73,7 +73,7 @@ pub unsafe fn hold(wr: &ibv_send_wr, datagram: bool) -> HeldSend {
             rkey: VRkey(if atomic { wr.wr.atomic.rkey } else { wr.wr.rdma.rkey }),
             compare_add: wr.wr.atomic.compare_add,
             swap: wr.wr.atomic.swap,
-            datagram: datagram.then(|| Datagram {
+            datagram: datagram.then_some(Datagram {
                 ah: wr.wr.ud.ah as u64,
                 remote_qpn: wr.wr.ud.remote_qpn,
                 remote_qkey: wr.wr.ud.remote_qkey,

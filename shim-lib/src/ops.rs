@@ -46,8 +46,8 @@ pub(crate) unsafe fn fill(table: &mut verbs_context, real: *mut ibv_context) {
 
     macro_rules! extended {
         ($($field:ident),* $(,)?) => {$(
-            // SAFETY: the table reaches back to the field.
             if let Some(theirs) = table_of(real, offset_of!(verbs_context, $field)) {
+                // SAFETY: the table reaches back to the field.
                 table.$field = unsafe { (*theirs).$field }.map(|_| $field as _);
             }
         )*};

@@ -72,7 +72,6 @@ pub mod verbs {
     use super::Symbol;
     use crate::abi::{
         ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
-        ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
     };
     use crate::errno::Errno;
     use libc::{c_int, c_uint, c_void};
@@ -97,17 +96,11 @@ pub mod verbs {
         "IBVERBS_1.1" fn ibv_ack_cq_events as ack_cq_events(cq: *mut ibv_cq, n: c_uint) -> ();
         "IBVERBS_1.1" fn ibv_ack_async_event as ack_async_event(event: *mut ibv_async_event) -> ();
         "IBVERBS_1.1" fn ibv_create_cq as create_cq(context: *mut ibv_context, cqe: c_int, cq_context: *mut c_void, channel: *mut ibv_comp_channel, vector: c_int) -> *mut ibv_cq;
-        "IBVERBS_1.1" fn ibv_destroy_cq as destroy_cq(cq: *mut ibv_cq) -> c_int;
         "IBVERBS_1.1" fn ibv_create_qp as create_qp(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp;
         "IBVERBS_1.1" fn ibv_modify_qp as modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int;
-        "IBVERBS_1.1" fn ibv_query_qp as query_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int, init: *mut ibv_qp_init_attr) -> c_int;
         "IBVERBS_1.1" fn ibv_destroy_qp as destroy_qp(qp: *mut ibv_qp) -> c_int;
-        "IBVERBS_1.1" fn ibv_create_srq as create_srq(pd: *mut ibv_pd, attr: *mut ibv_srq_init_attr) -> *mut ibv_srq;
-        "IBVERBS_1.1" fn ibv_modify_srq as modify_srq(srq: *mut ibv_srq, attr: *mut ibv_srq_attr, mask: c_int) -> c_int;
-        "IBVERBS_1.1" fn ibv_destroy_srq as destroy_srq(srq: *mut ibv_srq) -> c_int;
         "IBVERBS_1.8" fn ibv_reg_mr_iova2 as reg_mr(pd: *mut ibv_pd, addr: *mut c_void, length: usize, iova: u64, access: c_uint) -> *mut ibv_mr;
         "IBVERBS_1.1" fn ibv_dereg_mr as dereg_mr(mr: *mut ibv_mr) -> c_int;
-        "IBVERBS_1.1" fn ibv_alloc_pd as alloc_pd(context: *mut ibv_context) -> *mut ibv_pd;
         "IBVERBS_1.1" fn ibv_query_device as query_device(context: *mut ibv_context, attr: *mut c_void) -> c_int;
         "IBVERBS_1.1" fn ibv_query_port as query_port(context: *mut ibv_context, port: u8, attr: *mut c_void) -> c_int;
         "IBVERBS_1.11" fn _ibv_query_gid_ex as query_gid_ex(context: *mut ibv_context, port: u32, index: u32, entry: *mut c_void, flags: u32, size: usize) -> c_int;

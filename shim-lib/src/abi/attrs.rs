@@ -115,7 +115,6 @@ pub mod qp_mask {
     pub const MIN_RNR_TIMER: c_int = 1 << 15;
     pub const SQ_PSN: c_int = 1 << 16;
     pub const MAX_DEST_RD_ATOMIC: c_int = 1 << 17;
-    pub const CAP: c_int = 1 << 19;
     pub const DEST_QPN: c_int = 1 << 20;
     use libc::c_int;
 }
@@ -192,12 +191,10 @@ pub struct ibv_srq_init_attr_ex {
     pub tm_cap: ibv_tm_cap,
 }
 
-/// `enum ibv_srq_init_attr_mask` and the basic `enum ibv_srq_type`.
+/// `enum ibv_srq_init_attr_mask`.
 pub mod srq_init {
-    pub const TYPE: u32 = 1 << 0;
     pub const PD: u32 = 1 << 1;
     pub const CQ: u32 = 1 << 3;
-    pub const BASIC: u32 = 0;
 }
 
 #[repr(C)]
@@ -216,7 +213,6 @@ pub struct ibv_cq_init_attr_ex {
 /// `enum ibv_cq_init_attr_mask`, `enum ibv_create_cq_wc_flags`, `enum ibv_create_cq_attr_flags`.
 pub mod cq_init {
     pub const MASK_FLAGS: u32 = 1 << 0;
-    pub const MASK_PD: u32 = 1 << 1;
     pub const WITH_BYTE_LEN: u64 = 1 << 0;
     pub const WITH_IMM: u64 = 1 << 1;
     pub const WITH_QP_NUM: u64 = 1 << 2;

@@ -215,5 +215,4 @@ pub mod event {
     pub const SRQ_ERR: u32 = 14;
     pub const SRQ_LIMIT_REACHED: u32 = 15;
     pub const QP_LAST_WQE_REACHED: u32 = 16;
-    pub const WQ_FATAL: u32 = 19;
 }

@@ -15,7 +15,6 @@ pub mod wr_opcode {
     pub const LOCAL_INV: u32 = 7;
     pub const BIND_MW: u32 = 8;
     pub const SEND_WITH_INV: u32 = 9;
-    pub const TSO: u32 = 10;
 }
 
 /// `enum ibv_send_flags`.

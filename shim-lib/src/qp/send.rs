@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use libc::c_int;
-use rdma_virt::gate::{Flush, Gate, Passing, SendPath, Stage};
+use rdma_virt::gate::{Flush, Gate, Passing, SendPath};
 use rdma_virt::id::{VLkey, VRkey};
 use rdma_virt::wr::MARKER_WR_ID;
 
@@ -191,17 +191,12 @@ impl ShadowQp {
         core.gate.suspend().map_err(|_| Errno(libc::EBUSY))
     }
 
-    pub fn stage(&self) -> Stage {
-        self.core.lock().gate.stage()
-    }
-
     /// Lets held sends go out in order, then ends the suspension. `Ok` is how many went; `Err` is how many are left
     /// because the queue is full, with the QP still suspended: call again when some have completed.
     pub fn resume(&self) -> Result<usize, usize> {
         let mut core = self.core.lock();
-        if core.gate.resume().is_err() && core.gate.abort().is_err() {
-            // Already flushing.
-        }
+        // Switched, or else not begun; one that is flushing already goes on.
+        let _ = core.gate.resume().or_else(|_| core.gate.abort());
         match self.flush(&mut core, true) {
             Ok(sent) => Ok(sent),
             Err(_) => Err(core.gate.sends().held().max(1)),
