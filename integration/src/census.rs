@@ -19,6 +19,7 @@ use crate::lab::wire::GUEST_PORT;
 /// the places where temporary things of any program end up.
 const STATE_DIRS: &[&str] = &[
     "/run/migrrdma",
+    "/run/migrrdma-agent",
     "/var/lib/migrrdma",
     "/etc/migrrdma",
     "/usr/local/lib/migrrdma",
@@ -131,7 +132,7 @@ echo '== link'; ls /sys/class/net
 echo '== cgroup'; find /sys/fs/cgroup -mindepth 1 -type d
 echo '== firewall'; nft list ruleset
 echo '== sysv'; tail -qn +2 /proc/sysvipc/shm /proc/sysvipc/sem /proc/sysvipc/msg
-echo '== file'; find {} -xdev -printf '%y %p\\n' 2>/dev/null
+echo '== file'; find {} -xdev -mindepth 1 -printf '%y %p\\n' 2>/dev/null
 true",
         STATE_DIRS.join(" ")
     )
@@ -160,7 +161,9 @@ fn normalise(subject: &str, line: &str) -> Option<String> {
             let path = words.get(1)?;
             let inner = path.strip_prefix("/srv/lab/bundles/").is_some_and(|rest| rest.contains('/'));
             let systemd = path.contains("systemd-private-");
-            (!inner && !systemd).then(|| words.join(" "))
+            // The shim is installed once, under its content's name, and stays.
+            let shim = path.starts_with("/var/lib/migrrdma/shim");
+            (!inner && !systemd && !shim).then(|| words.join(" "))
         }
         _ => Some(words.join(" ")),
     }
@@ -183,6 +186,10 @@ fn mount(words: &[&str]) -> Option<String> {
     let (point, rest) = (words.get(1)?, &words[dash + 1..]);
     // An automount that may fire at any moment.
     if point.contains("binfmt_misc") || point.starts_with("/run/credentials/") {
+        return None;
+    }
+    // `ip netns` makes this one at its first use and keeps it for ever.
+    if *point == "/run/netns" && rest.first() == Some(&"tmpfs") {
         return None;
     }
     Some(format!("{point} {} {} from {}", rest.first()?, rest.get(1)?, words.first()?))

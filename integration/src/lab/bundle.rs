@@ -343,8 +343,8 @@ pub fn remove(node: &Node, name: &str) -> Result<()> {
 [ -d {dir} ] || {{ echo 'no bundle {name} here' >&2; exit 1; }}
 if [ -d /sys/fs/cgroup/lab/{name} ]; then
   [ -z \"$(cat /sys/fs/cgroup/lab/{name}/cgroup.procs)\" ] || {{ echo 'container {name} still runs' >&2; exit 1; }}
-  find /sys/fs/cgroup/lab/{name} -depth -type d -exec rmdir {{}} +
 fi
+rmdir /sys/fs/cgroup/lab 2>/dev/null || true
 ip link delete {veth} 2>/dev/null || true
 if [ -e /run/netns/{name} ]; then ip netns delete {name}; fi
 if mountpoint -q {dir}/rootfs; then umount {dir}/rootfs; fi

@@ -44,13 +44,18 @@ pub const FABRIC: &[Scenario] = &[
     },
 ];
 
-/// Waits until something on `node` listens on a TCP port.
-pub fn wait_for_port(node: &Node, port: u16, wait: Duration) -> Result<()> {
+/// Waits until something listens on a TCP port: on the node itself or, with
+/// `netns`, in a named network namespace of it. (Programs whose output is a
+/// pipe say nothing until their buffer is full.)
+pub fn wait_for_port(node: &Node, netns: Option<&str>, port: u16, wait: Duration) -> Result<()> {
+    let inside = netns.map_or_else(String::new, |n| format!("-N {n} "));
     let script = format!(
-        "for i in $(seq {}); do ss -Hltn | grep -q ':{port} ' && exit 0; sleep 0.1; done; exit 1",
-        wait.as_millis() / 100
+        "for i in $(seq {}); do ss {inside}-Hltn | grep -q ':{port} ' && exit 0; sleep 0.2; done; exit 1",
+        wait.as_millis() / 200
     );
-    node.sh(&script).map(|_| ()).with_context(|| format!("{}: nothing listens on port {port}", node.name()))
+    node.sh(&script)
+        .map(|_| ())
+        .with_context(|| format!("{}: nothing listens on port {port} {}", node.name(), netns.unwrap_or_default()))
 }
 
 fn perftest(ctx: &mut Context, program: &str, options: &[&str]) -> Result<()> {
@@ -60,7 +65,7 @@ fn perftest(ctx: &mut Context, program: &str, options: &[&str]) -> Result<()> {
         argv.iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     let server = ctx.peer.spawn(&command(&ctx.peer))?;
-    wait_for_port(&ctx.peer, 18515, Duration::from_secs(20))?;
+    wait_for_port(&ctx.peer, None, 18515, Duration::from_secs(20))?;
     let mut argv = command(&ctx.src);
     argv.push(ctx.peer.spec.rdma_ip());
     let client = ctx.src.exec(&argv)?;
@@ -88,7 +93,7 @@ fn pingpong(ctx: &mut Context) -> Result<()> {
         argv.map(str::to_owned).to_vec()
     };
     let server = ctx.dst.spawn(&command(&ctx.dst))?;
-    wait_for_port(&ctx.dst, 18515, Duration::from_secs(20))?;
+    wait_for_port(&ctx.dst, None, 18515, Duration::from_secs(20))?;
     let mut argv = command(&ctx.src);
     argv.push(ctx.dst.spec.rdma_ip());
     let client = ctx.src.exec(&argv)?;
@@ -113,7 +118,7 @@ fn containers(ctx: &mut Context) -> Result<()> {
     let server_dir = make(&ctx.dst, "fabric-server", server_ip, &[])?;
     let client_dir = make(&ctx.src, "fabric-client", "10.20.0.102", &[server_ip])?;
     let server = ctx.dst.spawn(&["runc", "run", "-b", &server_dir, "fabric-server"])?;
-    server.wait_for("Waiting for client", Duration::from_secs(30))?;
+    wait_for_port(&ctx.dst, Some("fabric-server"), 18515, Duration::from_secs(40))?;
     let client = ctx.src.exec(&["runc", "run", "-b", &client_dir, "fabric-client"])?;
     let server = server.wait(Duration::from_secs(30))?;
     for out in [&client, &server] {

@@ -212,18 +212,22 @@ impl Runner {
         Ok(())
     }
 
-    fn is_clean(&self) -> Result<bool> {
+    /// What differs from freshly prepared nodes; empty when they are clean.
+    fn dirt(&self) -> Result<Vec<String>> {
+        let mut all = Vec::new();
         for node in self.lab.nodes()? {
-            if self.clean.get(node.name()) != Some(&NodeCensus::take(&node)?) {
-                return Ok(false);
-            }
+            let name = node.name();
+            let clean = self.clean.get(name).with_context(|| format!("no census of {name}"))?;
+            all.extend(clean.changes(&NodeCensus::take(&node)?).iter().map(|c| format!("{name}: {c}")));
         }
-        Ok(true)
+        Ok(all)
     }
 
     fn one(&mut self, scenario: &Scenario) -> Result<Outcome> {
         let start = Instant::now();
-        if !self.is_clean().unwrap_or(false) {
+        let dirt = self.dirt().unwrap_or_else(|e| vec![format!("{e:#}")]);
+        if !dirt.is_empty() {
+            eprintln!("      nodes are reset first: {}", dirt.join("; "));
             self.reset().with_context(|| format!("clean nodes for {:?}", scenario.name))?;
         }
         let before: Vec<LinkHealth> = self.lab.nodes()?.iter().map(LinkHealth::take).collect::<Result<_>>()?;
