@@ -250,6 +250,24 @@ impl Shims {
             all = self.changed.wait_timeout(all, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
+
+    /// Waits until none of these is connected any more; those that still are when the time is over.
+    pub fn wait_gone(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> Result<(), Vec<Vpid>> {
+        let until = Instant::now() + deadline;
+        let mut all = lock(&self.all);
+        loop {
+            let of = all.get(container);
+            let there: Vec<Vpid> = vpids.iter().copied().filter(|v| of.is_some_and(|of| of.contains_key(v))).collect();
+            let left = until.saturating_duration_since(Instant::now());
+            if there.is_empty() {
+                return Ok(());
+            }
+            if left.is_zero() {
+                return Err(there);
+            }
+            all = self.changed.wait_timeout(all, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 use std::fs;
 use std::time::Duration;
 
+use rdma_virt::id::Vpid;
 use rdma_virt::msg::{Reply, Request};
 use rdma_virt::saved::ProcessState;
 
@@ -65,15 +66,8 @@ impl Run<'_> {
         let shims = self.world.shims(&self.request.container);
         let mut reasons = speak_against(&processes, &shims.iter().map(|s| s.vpid.0).collect::<Vec<_>>());
         self.pids = shims.iter().map(|s| (s.vpid, s.pid)).collect();
-        let asks: Vec<(Side, Request)> = shims.iter().map(|s| (Side::Own(s.vpid), Request::Report)).collect();
-        let mut states: Vec<ProcessState> = Vec::new();
-        for (side, reply) in self.ask_all(asks, self.answer_time()) {
-            match reply {
-                Ok(Reply::State(state)) => states.push(*state),
-                Ok(_) => reasons.push(format!("{side} answered report with something else")),
-                Err(stop) => reasons.push(stop.to_string()),
-            }
-        }
+        let (states, silent) = self.reports(shims.iter().map(|s| s.vpid).collect());
+        reasons.extend(silent);
         for state in &states {
             reasons.extend(state.blockers.iter().map(|b| {
                 format!("{} (pid {}) uses {} on {}, which cannot be moved", state.comm, state.vpid.0, b.verb, b.object)
@@ -81,6 +75,20 @@ impl Run<'_> {
         }
         self.states = states;
         Ok(reasons)
+    }
+
+    /// What these say they have, and why some did not say anything.
+    pub(super) fn reports(&self, vpids: Vec<Vpid>) -> (Vec<ProcessState>, Vec<String>) {
+        let asks = vpids.into_iter().map(|vpid| (Side::Own(vpid), Request::Report)).collect();
+        let (mut states, mut silent) = (Vec::new(), Vec::new());
+        for (side, reply) in self.ask_all(asks, self.answer_time()) {
+            match reply {
+                Ok(Reply::State(state)) => states.push(*state),
+                Ok(_) => silent.push(format!("{side} answered report with something else")),
+                Err(stop) => silent.push(stop.to_string()),
+            }
+        }
+        (states, silent)
     }
 
     pub(super) fn list_processes(&self) -> Result<Vec<Process>, Stop> {
@@ -92,7 +100,8 @@ impl Run<'_> {
 
     /// Finds the far ends of all links not found yet, and has their hosts hold their containers.
     pub(super) fn find_peers(&mut self) -> Result<Vec<String>, Stop> {
-        let unknown = self.plan.update(&self.states, super::forward::random_u32);
+        let here = |gid| self.world.agent_of(gid) == LOCAL;
+        let unknown = self.plan.update(&self.states, here, super::forward::random_u32);
         let mut by_agent: std::collections::BTreeMap<String, Vec<usize>> = Default::default();
         for at in unknown {
             by_agent.entry(self.world.agent_of(self.plan.links[at].remote.pgid)).or_default().push(at);

@@ -98,18 +98,29 @@ fn inside(states: &[ProcessState], near: &QpState, far: &Remote) -> Option<QpKey
 
 impl Plan {
     /// Brings the links to what the states say: keeps what is known of links that are still there, drops others, and
-    /// adds new ones. Returns positions of those whose far end has to be found. `psn` gives random numbers.
-    pub fn update(&mut self, states: &[ProcessState], mut psn: impl FnMut() -> u32) -> Vec<usize> {
+    /// adds new ones. Returns positions of those whose far end has to be found (again). `here` says whether a GID is
+    /// one of the source's: numbers alone do not tell a link inside from one between two hosts that count alike.
+    /// `psn` gives random numbers.
+    pub fn update(
+        &mut self,
+        states: &[ProcessState],
+        here: impl Fn(PGid) -> bool,
+        mut psn: impl FnMut() -> u32,
+    ) -> Vec<usize> {
         let old = std::mem::take(&mut self.links);
         let mut unknown = Vec::new();
         for (near, qp) in qps(states).filter(|(_, q)| is_connected(q)) {
             let Some(remote) = qp.remote else { continue };
             let known = old.iter().find(|l| l.near == near && l.near_pqpn == qp.pqpn && l.remote == remote);
             if let Some(link) = known {
+                // The far end may have connected back since.
+                if link.far == Far::AsItWas {
+                    unknown.push(self.links.len());
+                }
                 self.links.push(link.clone());
                 continue;
             }
-            let far = inside(states, qp, &remote);
+            let far = if here(remote.pgid) { inside(states, qp, &remote) } else { None };
             if far.is_none() {
                 unknown.push(self.links.len());
             }

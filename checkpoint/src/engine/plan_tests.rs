@@ -3,6 +3,10 @@
 use super::*;
 use crate::engine::fixture::{DST, PEER, SRC, process, qp};
 
+fn here(gid: PGid) -> bool {
+    gid == PGid(SRC)
+}
+
 fn psn() -> impl FnMut() -> u32 {
     let mut n = 0;
     move || {
@@ -23,7 +27,7 @@ fn end(vqpn: u32, connected: bool) -> End {
 fn simple() -> (Plan, Vec<ProcessState>, PeerProcess) {
     let states = vec![process(7, vec![qp(1, 17, Some(30)), qp(2, 18, None)])];
     let mut plan = Plan::default();
-    assert_eq!(plan.update(&states, psn()), vec![0]);
+    assert_eq!(plan.update(&states, here, psn()), vec![0]);
     plan.found(0, "peer:1", &end(30, true));
     let peer = plan.peers().into_keys().next().unwrap();
     (plan, states, peer)
@@ -50,12 +54,12 @@ fn a_second_update_keeps_what_is_connected_and_reconnects_only_what_was_made_ane
     plan.prepared(&peer, &[(VQpn(30), PQpn(55))]);
     plan.born = vec![born(7, 1, 17, 40)];
     plan.connected(&peer);
-    assert!(plan.update(&states, psn()).is_empty());
+    assert!(plan.update(&states, here, psn()).is_empty());
     assert!(plan.prepares().is_empty() && plan.connects().is_empty());
     plan.born = vec![born(7, 1, 17, 41)];
     assert_eq!(plan.connects().len(), 1, "the destination made the QP again");
     states[0].contexts[0].qps.clear();
-    plan.update(&states, psn());
+    plan.update(&states, here, psn());
     assert!(plan.links.is_empty());
 }
 
@@ -69,7 +73,7 @@ fn a_link_inside_the_container_needs_no_peer() {
     }
     let states = vec![process(7, vec![a]), process(8, vec![b])];
     let mut plan = Plan::default();
-    assert!(plan.update(&states, psn()).is_empty());
+    assert!(plan.update(&states, here, psn()).is_empty());
     plan.born = vec![born(7, 1, 17, 40), born(8, 1, 18, 41)];
     let joins = plan.joins().unwrap();
     assert_eq!((joins[0].remote.pqpn, joins[1].remote.pqpn), (PQpn(41), PQpn(40)));
@@ -86,17 +90,25 @@ fn a_qp_connected_to_itself_expects_what_it_sends() {
     let mut a = qp(1, 17, Some(17));
     a.remote.as_mut().unwrap().pgid = PGid(SRC);
     let mut plan = Plan::default();
-    assert!(plan.update(&[process(7, vec![a])], psn()).is_empty());
+    assert!(plan.update(&[process(7, vec![a])], here, psn()).is_empty());
     plan.born = vec![born(7, 1, 17, 40)];
     let join = plan.joins().unwrap()[0];
     assert_eq!((join.remote.pqpn, join.sq_psn), (PQpn(40), join.rq_psn));
 }
 
 #[test]
+fn two_hosts_that_count_alike_are_not_one() {
+    // QP 17 here is connected to QP 17 there.
+    let mut plan = Plan::default();
+    assert_eq!(plan.update(&[process(7, vec![qp(1, 17, Some(17))])], here, psn()), vec![0]);
+    assert_eq!(plan.links[0].far, Far::AsItWas);
+}
+
+#[test]
 fn a_far_end_that_is_gone_or_not_connected_yet_is_left_as_it_was() {
     let states = vec![process(7, vec![qp(1, 17, Some(30))])];
     let mut plan = Plan::default();
-    plan.update(&states, psn());
+    plan.update(&states, here, psn());
     plan.found(0, "peer:1", &end(30, false));
     assert!(plan.peers().is_empty());
     plan.born = vec![born(7, 1, 17, 40)];

@@ -25,22 +25,43 @@ impl Run<'_> {
         }
         self.effects.suspended = true;
         let own = self.states.iter().map(|s| (Side::Own(s.vpid), Request::Suspend { scope: Scope::All }));
+        self.suspended(own.chain(self.suspend_peers()).collect())?;
+
+        // What was connected since the last look has a far end that must hold its sends too.
+        let (states, silent) = self.reports(self.states.iter().map(|s| s.vpid).collect());
+        if !silent.is_empty() {
+            return Err(Stop::Failed(silent.join("; ")));
+        }
+        let before = self.plan.peer_qps();
+        self.states = states;
+        let reasons = self.find_peers()?;
+        if !reasons.is_empty() {
+            return Err(Stop::Failed(reasons.join("; ")));
+        }
+        if self.plan.peer_qps() != before {
+            let own = self.states.iter().map(|s| (Side::Own(s.vpid), Request::Suspend { scope: Scope::All }));
+            self.suspended(own.chain(self.suspend_peers()).collect())?;
+        }
+        Ok(())
+    }
+
+    fn suspend_peers(&self) -> impl Iterator<Item = (Side, Request)> + use<> {
         let peers = self.plan.peer_qps().into_iter();
-        let peers = peers.map(|(peer, qps)| (Side::Peer(peer), Request::Suspend { scope: Scope::Qps(qps) }));
-        let asks: Vec<_> = own.chain(peers).collect();
-        let (mut near, mut far) = (BTreeMap::new(), BTreeMap::new());
+        peers.map(|(peer, qps)| (Side::Peer(peer), Request::Suspend { scope: Scope::Qps(qps) }))
+    }
+
+    fn suspended(&mut self, asks: Vec<(Side, Request)>) -> Result<(), Stop> {
         for (side, reply) in all_good(self.ask_all(asks, self.answer_time()))? {
             match (side, reply) {
                 (Side::Own(vpid), Reply::Suspended { counts }) => {
-                    near.insert(vpid, counts);
+                    self.counts.0.insert(vpid, counts);
                 }
                 (Side::Peer(peer), Reply::Suspended { counts }) => {
-                    far.insert(peer, counts);
+                    self.counts.1.insert(peer, counts);
                 }
                 (side, _) => return Err(confused(side, "suspend")),
             }
         }
-        self.counts = (near, far);
         Ok(())
     }
 
@@ -106,6 +127,12 @@ impl Run<'_> {
                 )));
             }
         }
+        // A connection that is still open when the tasks stop is one that leads out of the container: CRIU refuses it.
+        let vpids: Vec<Vpid> = self.states.iter().map(|s| s.vpid).collect();
+        self.world.disconnected(&self.request.container, &vpids, self.answer_time()).map_err(|there| {
+            let there: Vec<String> = there.iter().map(|v| v.0.to_string()).collect();
+            Stop::Failed(format!("the shims of pids {} did not close their connections", there.join(", ")))
+        })?;
         self.effects.cgroup = true;
         self.world.host().freeze(&container).map_err(|e| Stop::Failed(format!("freezing the container: {e}")))?;
         let known: Vec<i32> = self.states.iter().map(|s| s.vpid.0).collect();

@@ -181,6 +181,11 @@ impl World for Fake {
         if away { Err(vpids.to_vec()) } else { Ok(()) }
     }
 
+    fn disconnected(&self, _: &str, _: &[Vpid], _: Duration) -> Result<(), Vec<Vpid>> {
+        assert!(self.truth.lock().unwrap().away);
+        Ok(())
+    }
+
     fn bump(&self, _: &str) -> io::Result<()> {
         // Shims notice only when they run.
         let mut t = self.truth.lock().unwrap();

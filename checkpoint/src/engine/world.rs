@@ -45,6 +45,8 @@ pub trait World: Sync {
     ) -> Result<Reply, ShimError>;
     /// Waits until these are connected; those that are not.
     fn reconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> Result<(), Vec<Vpid>>;
+    /// Waits until these have closed their connections; those that have not.
+    fn disconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> Result<(), Vec<Vpid>>;
     /// Changes the epoch its shims watch.
     fn bump(&self, container: &str) -> io::Result<()>;
     fn processes(&self, container: &Container) -> io::Result<Vec<Process>>;
@@ -114,6 +116,10 @@ impl World for Agent {
 
     fn reconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> Result<(), Vec<Vpid>> {
         self.shims.wait_for(container, vpids, deadline).map(drop)
+    }
+
+    fn disconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> Result<(), Vec<Vpid>> {
+        self.shims.wait_gone(container, vpids, deadline)
     }
 
     fn bump(&self, container: &str) -> io::Result<()> {
