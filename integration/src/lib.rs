@@ -10,5 +10,6 @@ pub mod demo;
 pub mod lab;
 pub mod link_health;
 pub mod scenario;
+pub mod scenarios;
 pub mod setup;
 pub mod verdict;

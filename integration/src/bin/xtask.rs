@@ -11,7 +11,7 @@ use integration::lab::paths::Paths;
 use integration::lab::topology::NodeSpec;
 use integration::lab::wire::Exec;
 use integration::lab::{Lab, deploy, guest};
-use integration::{demo, scenario, setup, verdict};
+use integration::{demo, scenario, scenarios, setup, verdict};
 
 #[derive(Parser)]
 #[command(name = "xtask", bin_name = "cargo xtask", about = "Project tasks")]
@@ -141,7 +141,8 @@ fn run(task: Task) -> Result<ExitCode> {
             demo::run(&lab, &demo::Options { qps, output: paths.target.join("demo") })?;
         }
         Task::Scenarios { args } => {
-            let tally = scenario::run(&[scenario::fabric::FABRIC], &scenario::Options::from_args(args.into_iter())?)?;
+            let groups = [&[scenario::fabric::FABRIC], scenarios::migration::GROUPS].concat();
+            let tally = scenario::run(&groups, &scenario::Options::from_args(args.into_iter())?)?;
             return Ok(if tally.failed() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Task::Setup => setup::ensure()?,

@@ -1,0 +1,141 @@
+//! A migration that fails before its commit leaves everything as it was: the
+//! container runs on at the source, its peer notices nothing, the message says
+//! what failed where, and a later migration succeeds.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+
+use super::stage::{Pair, Stage};
+use crate::lab::bundle::BUNDLES;
+use crate::lab::node::Output;
+use crate::scenario::{Context, Scenario};
+
+const LIMIT: Duration = Duration::from_secs(400);
+const AGENT: &str = "migrrdma-agent.service";
+
+macro_rules! claim {
+    ($name:literal, $run:expr) => {
+        Scenario { name: $name, long: false, limit: LIMIT, run: $run }
+    };
+}
+
+/// Claims about failures.
+pub const CLAIMS: &[Scenario] = &[
+    claim!(
+        "a destination agent killed during the transfer: the source goes on and a later move succeeds",
+        agent_killed
+    ),
+    claim!("a restore that fails on the destination: the source goes on and a later move succeeds", restore_fails),
+    claim!("a peer whose agent cannot be reached: the move is refused and names it", peer_unreachable),
+    claim!("a receiver that posts no RECV: wait-before-stop gives up in time and the source goes on", never_drains),
+    claim!("Ctrl-C during a move: the source goes on and a later move succeeds", interrupted),
+    claim!("a dry run says that a move is possible and changes nothing", dry_run),
+];
+
+fn pair<'a>(ctx: &'a mut Context, load: &[&str]) -> Result<(Stage<'a>, Pair)> {
+    let mut stage = Stage::new(ctx);
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], load)?;
+    Ok((stage, pair))
+}
+
+/// The migration failed, said where, and the client runs on at the source.
+fn undone(stage: &Stage, pair: &Pair, out: &Output, words: &[&str]) -> Result<()> {
+    let text = out.text() + &out.errors();
+    ensure!(!out.success(), "the migration succeeded, so the fault came too late or was not seen:\n{text}");
+    ensure!(!out.done.timed_out, "the migration did not end by itself:\n{text}");
+    let lower = text.to_lowercase();
+    ensure!(words.iter().any(|w| lower.contains(w)), "the message names none of {words:?}:\n{text}");
+    let state = stage.ctx.src.check(&["migrrdma", "state", &pair.client])?;
+    let state: serde_json::Value = serde_json::from_str(&state).context("state")?;
+    ensure!(state["status"] == "running", "the source's container is {}", state["status"]);
+    // Traffic in both directions, for longer than what was held could last.
+    stage.flow(&pair.client, 300)?;
+    stage.flow(&pair.server, 300)
+}
+
+/// After a failure: one that succeeds, then the verdicts.
+fn later(mut stage: Stage, pair: &Pair) -> Result<()> {
+    stage.migrate(&pair.client, "dst").context("a later migration")?;
+    stage.flow(&pair.client, 200)?;
+    pair.judge(&mut stage)?;
+    stage.finish()
+}
+
+fn enter(phase: &str) -> String {
+    format!("\"enter\",\"phase\":\"{phase}\"")
+}
+
+fn agent_killed(ctx: &mut Context) -> Result<()> {
+    let (stage, pair) = pair(ctx, &["--qps", "4"])?;
+    let running = stage.begin_migration(&pair.client, "dst", &[])?;
+    running.wait_for(&enter("transfer"), Duration::from_secs(120))?;
+    stage.ctx.dst.check(&["systemctl", "kill", "--signal=KILL", AGENT])?;
+    let out = running.wait(Duration::from_secs(120))?;
+    undone(&stage, &pair, &out, &["transfer", "restore"])?;
+    stage.ctx.dst.check(&["systemctl", "restart", AGENT])?;
+    answering(&stage, "dst")?;
+    later(stage, &pair)
+}
+
+fn restore_fails(ctx: &mut Context) -> Result<()> {
+    let (stage, pair) = pair(ctx, &["--qps", "4"])?;
+    let program = format!("{BUNDLES}/{}/rootfs{}", pair.client, super::stage::CHECKER);
+    let running = stage.begin_migration(&pair.client, "dst", &[])?;
+    running.wait_for(&enter("suspend"), Duration::from_secs(120))?;
+    // The restored process maps its program from here.
+    stage.ctx.dst.check(&["mv", &program, &format!("{program}.away")])?;
+    let out = running.wait(Duration::from_secs(120))?;
+    stage.ctx.dst.check(&["mv", &format!("{program}.away"), &program])?;
+    undone(&stage, &pair, &out, &["restore"])?;
+    later(stage, &pair)
+}
+
+fn peer_unreachable(ctx: &mut Context) -> Result<()> {
+    let (stage, pair) = pair(ctx, &["--qps", "2"])?;
+    stage.ctx.peer.check(&["systemctl", "stop", AGENT])?;
+    let out = stage.try_migrate(&pair.client, "dst", &[])?;
+    undone(&stage, &pair, &out, &["10.10.0.3", "peer"])?;
+    stage.ctx.peer.check(&["systemctl", "start", AGENT])?;
+    answering(&stage, "peer")?;
+    later(stage, &pair)
+}
+
+fn never_drains(ctx: &mut Context) -> Result<()> {
+    for counter in ["out_of_seq_request", "rcvd_seq_err"] {
+        ctx.allow_counter(counter);
+    }
+    let load = ["--qps", "2", "--starve", "60", "--mix", "send,write,send_imm,read"];
+    let mut stage = Stage::new(ctx);
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], &load)?;
+    // The server stops posting RECVs three seconds after its start.
+    std::thread::sleep(Duration::from_secs(5));
+    let out = stage.try_migrate(&pair.client, "dst", &["--drain-timeout", "5"])?;
+    undone(&stage, &pair, &out, &["wait-before-stop", "drain"])?;
+    later(stage, &pair)
+}
+
+fn interrupted(ctx: &mut Context) -> Result<()> {
+    let (stage, pair) = pair(ctx, &["--qps", "4"])?;
+    let running = stage.begin_migration(&pair.client, "dst", &[])?;
+    running.wait_for(&enter("suspend"), Duration::from_secs(120))?;
+    running.signal(Signal::SIGINT)?;
+    let out = running.wait(Duration::from_secs(120))?;
+    undone(&stage, &pair, &out, &["undone", "interrupt", "abort", "cancel"])?;
+    later(stage, &pair)
+}
+
+fn dry_run(ctx: &mut Context) -> Result<()> {
+    let (stage, pair) = pair(ctx, &["--qps", "2"])?;
+    let out = stage.try_migrate(&pair.client, "dst", &["--dry-run"])?;
+    ensure!(out.success(), "{}{}", out.text(), out.errors());
+    stage.flow(&pair.client, 200)?;
+    later(stage, &pair)
+}
+
+/// Waits until the agent of a node answers again.
+fn answering(stage: &Stage, node: &str) -> Result<()> {
+    let script = "for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1";
+    stage.ctx.node(node)?.sh(script).map(drop).with_context(|| format!("the agent of {node} does not come back"))
+}

@@ -1,0 +1,19 @@
+//! Live migration of unmodified RDMA programs, and what happens when it fails.
+//!
+//! Each file holds the claims about one kind of load or event; [`stage`] is
+//! how containers are set up, moved and judged. The programs inside know
+//! nothing of migration: their own verdict (exit status, the checker's result)
+//! is the proof.
+
+mod checkers;
+mod failures;
+mod perftest;
+mod places;
+mod processes;
+pub mod stage;
+
+use crate::scenario::Scenario;
+
+/// All claims about migration, the most telling ones first.
+pub const GROUPS: &[&[Scenario]] =
+    &[checkers::CLAIMS, places::CLAIMS, perftest::CLAIMS, processes::CLAIMS, failures::CLAIMS];

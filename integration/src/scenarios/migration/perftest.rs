@@ -1,0 +1,150 @@
+//! Programs everybody has: perftest and the pingpongs, unmodified, are moved
+//! in the middle of their run and end as if nothing had happened.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::stage::Stage;
+use crate::scenario::fabric::QP_TIMEOUT;
+use crate::scenario::{Context, Scenario};
+
+const LIMIT: Duration = Duration::from_secs(240);
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Which end is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Client,
+    Server,
+}
+
+const SERVER: &str = "pt-server";
+const CLIENT: &str = "pt-client";
+const SERVER_IP: &str = "10.20.0.160";
+
+const PERFTEST: &[&str] = &["ib_write_bw", "ib_send_bw", "ib_read_bw", "ib_atomic_bw", "ib_send_lat"];
+const PINGPONG: &[&str] = &["ibv_rc_pingpong", "ibv_srq_pingpong"];
+
+macro_rules! claim {
+    ($name:literal, $program:literal, $end:expr, $options:expr) => {
+        Scenario { name: $name, long: false, limit: LIMIT, run: |c| one(c, $program, $end, $options) }
+    };
+}
+
+/// Claims about perftest and the pingpongs.
+pub const CLAIMS: &[Scenario] = &[
+    claim!(
+        "ib_write_bw's client is moved and both ends run to their normal end",
+        "ib_write_bw",
+        End::Client,
+        &["-q", "4"]
+    ),
+    claim!(
+        "ib_send_bw's server with events is moved and both ends run to their normal end",
+        "ib_send_bw",
+        End::Server,
+        &["-e"]
+    ),
+    claim!(
+        "ib_read_bw's client with events is moved and both ends run to their normal end",
+        "ib_read_bw",
+        End::Client,
+        &["-e"]
+    ),
+    claim!("ib_atomic_bw's server is moved and both ends run to their normal end", "ib_atomic_bw", End::Server, &[]),
+    claim!("ib_send_lat's client is moved and both ends run to their normal end", "ib_send_lat", End::Client, &[]),
+    claim!(
+        "ibv_rc_pingpong's client with events is moved and both ends run to their normal end",
+        "ibv_rc_pingpong",
+        End::Client,
+        &["-e"]
+    ),
+    claim!(
+        "ibv_srq_pingpong's server is moved and both ends run to their normal end",
+        "ibv_srq_pingpong",
+        End::Server,
+        &[]
+    ),
+    Scenario {
+        name: "every perftest and pingpong, client or server, polling or with events, is moved",
+        long: true,
+        limit: LONG,
+        run: all,
+    },
+];
+
+fn command(program: &str, node_gid: u8, options: &[&str]) -> Vec<String> {
+    let mut argv = vec![program.to_owned()];
+    if PERFTEST.contains(&program) {
+        argv.extend(["-F", "-u", QP_TIMEOUT, "-D", "25"].map(str::to_owned));
+    } else {
+        argv.extend(["-g", &node_gid.to_string(), "-n", "20000"].map(str::to_owned));
+    }
+    argv.extend(options.iter().map(ToString::to_string));
+    argv
+}
+
+fn one(ctx: &mut Context, program: &str, end: End, options: &[&str]) -> Result<()> {
+    ensure!(PERFTEST.contains(&program) || PINGPONG.contains(&program), "{program} is none of those known here");
+    let mut stage = Stage::new(ctx);
+    let (server_homes, client_homes): (&[&str], &[&str]) = match end {
+        End::Client => (&["peer"], &["src", "dst"]),
+        End::Server => (&["peer", "dst"], &["src"]),
+    };
+    let server = command(program, stage.ctx.peer.spec.gid_index, options);
+    let mut client = command(program, stage.ctx.src.spec.gid_index, options);
+    client.push(SERVER_IP.to_owned());
+    stage.run(SERVER, 160, server_homes, &words(&server))?;
+    listening(&stage)?;
+    stage.run(CLIENT, 161, client_homes, &words(&client))?;
+    connected(&stage)?;
+    // Into the middle of the run, not into its set-up.
+    std::thread::sleep(Duration::from_secs(3));
+    let moved = if end == End::Client { CLIENT } else { SERVER };
+    stage.migrate(moved, "dst")?;
+    for name in [CLIENT, SERVER] {
+        let text = stage.ended(name)?;
+        let proof = if PERFTEST.contains(&program) { "#bytes" } else { "20000 iters" };
+        ensure!(text.contains(proof), "{program} in {name} ended with status 0 and without a result:\n{text}");
+    }
+    stage.finish()
+}
+
+fn words(argv: &[String]) -> Vec<&str> {
+    argv.iter().map(String::as_str).collect()
+}
+
+/// Waits until the server's container listens, seen from inside its network namespace.
+fn listening(stage: &Stage) -> Result<()> {
+    let script = format!(
+        "for i in $(seq 300); do ip netns exec {SERVER} ss -Hltn | grep -q :18515 && exit 0; sleep 0.1; done; exit 1"
+    );
+    stage.ctx.peer.sh(&script).map(drop).context("the server does not listen")
+}
+
+/// Waits until the client's QPs are connected.
+fn connected(stage: &Stage) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        let text = stage.ctx.src.check(&["rdma", "resource", "show", "qp"])?;
+        if text.contains("state RTS") {
+            return Ok(());
+        }
+        if start.elapsed() > Duration::from_secs(60) {
+            bail!("the client did not connect; it said:\n{}\nQPs:\n{text}", stage.log(CLIENT)?);
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn all(ctx: &mut Context) -> Result<()> {
+    for program in PERFTEST.iter().chain(PINGPONG) {
+        for end in [End::Client, End::Server] {
+            for options in [&[][..], &["-e"][..]] {
+                one(ctx, program, end, options).with_context(|| format!("{program} {options:?}, {end:?} moved"))?;
+            }
+        }
+    }
+    Ok(())
+}

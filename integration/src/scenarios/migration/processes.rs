@@ -1,0 +1,78 @@
+//! Containers with more than one process.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::stage::{CHECKER, Pair, Stage};
+use crate::scenario::{Context, Scenario};
+
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Claims about processes.
+pub const CLAIMS: &[Scenario] = &[
+    Scenario {
+        name: "both RDMA processes of a container go on after a move",
+        long: false,
+        limit: LIMIT,
+        run: |c| moves(c, &["--processes", "2", "--qps", "2"]),
+    },
+    Scenario {
+        name: "a forked child that sleeps beside its parent's RDMA does not disturb a move",
+        long: false,
+        limit: LIMIT,
+        run: |c| moves(c, &["--sleeping-child", "--qps", "2"]),
+    },
+    Scenario {
+        name: "a process started by exec is carried along, or the move is refused and names it",
+        long: false,
+        limit: LIMIT,
+        run: exec,
+    },
+];
+
+fn moves(ctx: &mut Context, load: &[&str]) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], load)?;
+    for to in ["dst", "src"] {
+        stage.migrate(&pair.client, to)?;
+        stage.flow(&pair.client, 200)?;
+    }
+    pair.judge(&mut stage)?;
+    stage.finish()
+}
+
+fn exec(ctx: &mut Context) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    let (server, client) = ("ck-servers", "ck-client");
+    stage.run(server, 150, &["peer"], &[CHECKER, "server", "--processes", "2", "--progress", "1"])?;
+    let load = [CHECKER, "client", "--connect", "10.20.0.150", "--duration", "0", "--progress", "1", "--qps", "2"];
+    stage.run(client, 151, &["src", "dst"], &load)?;
+    stage.flow(client, 200)?;
+    // One process of the server serves the main process, the other the one started by exec.
+    let mut argv = vec!["migrrdma", "exec", "--detach", client];
+    argv.extend(load);
+    argv.extend(["--port", "18516"]);
+    stage.node_of(client)?.check(&argv)?;
+    stage.wait_log(server, "second connection", |t| t.matches("\"running\"").count() == 2)?;
+    stage.flow(server, 200)?;
+
+    let out = stage.try_migrate(client, "dst", &[])?;
+    if out.success() {
+        stage.moved(client, "dst")?;
+        stage.ctx.note("carried along");
+    } else {
+        let pids = stage.node_of(client)?.sh("pgrep -x rdma-checker")?;
+        let text = out.text() + &out.errors();
+        let named = pids.split_whitespace().any(|p| text.contains(p));
+        ensure!(named, "refused without naming the process started by exec:\n{text}");
+        stage.ctx.note("refused, naming it");
+    }
+    stage.flow(client, 200)?;
+    stage.flow(server, 200)?;
+    // The servers ask their clients to end, also the one whose output nobody keeps.
+    stage.terminate(server)?;
+    stage.verdict(server)?;
+    stage.verdict(client)?;
+    stage.finish()
+}

@@ -1,0 +1,299 @@
+//! Containers on the lab's nodes, as a user would run and move them.
+//!
+//! Only commands a user has are used: `migrrdma run`, `migrate`, `logs`,
+//! `wait`, `kill`, `delete`. What a scenario leaves is removed by
+//! [`Stage::finish`]; after a failure the runner resets the nodes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::lab::bundle::{self, BUNDLES, Bundle};
+use crate::lab::node::{Node, Output, Running};
+use crate::lab::wire::Exec;
+use crate::scenario::Context;
+
+/// Where the checker lies in a container.
+pub const CHECKER: &str = "/usr/local/bin/rdma-checker";
+/// Longest time one migration may take before it counts as hanging.
+const MIGRATION: Duration = Duration::from_secs(180);
+/// Longest time for a container to say something.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// One container and where it is.
+#[derive(Debug)]
+struct Actor {
+    name: String,
+    at: String,
+    homes: Vec<String>,
+}
+
+/// The containers of one scenario.
+#[derive(Debug)]
+pub struct Stage<'a> {
+    /// Nodes, notes, allowances.
+    pub ctx: &'a mut Context,
+    cast: Vec<Actor>,
+}
+
+impl<'a> Stage<'a> {
+    /// An empty stage.
+    pub fn new(ctx: &'a mut Context) -> Self {
+        Self { ctx, cast: Vec::new() }
+    }
+
+    /// Prepares a container's bundle on every node of `homes`, and starts it on the first.
+    ///
+    /// `host` is the last part of its address in 10.20.0.0/24.
+    pub fn run(&mut self, name: &str, host: u8, homes: &[&str], command: &[&str]) -> Result<()> {
+        let checker = self.ctx.target.join("release/rdma-checker");
+        let copies = if command[0] == CHECKER {
+            ensure!(checker.exists(), "{} is missing: run `cargo build --release -p rdma-checker`", checker.display());
+            vec![(checker, CHECKER.to_owned())]
+        } else {
+            vec![]
+        };
+        for home in homes {
+            Bundle {
+                name: name.to_owned(),
+                ip: Some(format!("10.20.0.{host}/24")),
+                copies: copies.clone(),
+                command: command.iter().map(ToString::to_string).collect(),
+                ..Bundle::default()
+            }
+            .make(self.ctx.node(home)?)
+            .with_context(|| format!("bundle of {name} on {home}"))?;
+        }
+        let start = homes.first().context("a container needs a home")?;
+        let dir = format!("{BUNDLES}/{name}");
+        let node = self.ctx.node(start)?;
+        node.check(&["migrrdma", "run", "--detach", "--supervise", "--bundle", &dir, name])
+            .with_context(|| format!("start {name} on {start}"))?;
+        self.cast.push(Actor {
+            name: name.to_owned(),
+            at: (*start).to_owned(),
+            homes: homes.iter().map(ToString::to_string).collect(),
+        });
+        Ok(())
+    }
+
+    fn actor(&self, name: &str) -> Result<&Actor> {
+        self.cast.iter().find(|a| a.name == name).with_context(|| format!("no container called {name}"))
+    }
+
+    /// The node a container is on.
+    pub fn node_of(&self, name: &str) -> Result<&Node> {
+        self.ctx.node(&self.actor(name)?.at)
+    }
+
+    /// What a container has written so far.
+    pub fn log(&self, name: &str) -> Result<String> {
+        let out = self.node_of(name)?.exec(&["migrrdma", "logs", name])?;
+        ensure!(out.success(), "logs of {name}: {}", out.errors());
+        Ok(out.text() + &out.errors())
+    }
+
+    /// Waits until `done` of a container's output.
+    pub fn wait_log(&self, name: &str, what: &str, done: impl Fn(&str) -> bool) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let text = self.log(name)?;
+            if done(&text) {
+                return Ok(());
+            }
+            if start.elapsed() > PATIENCE.min(self.ctx.remaining()) {
+                bail!("{name} on {}: no {what} within {PATIENCE:?}; it said:\n{}", self.actor(name)?.at, tail(&text));
+            }
+            if let Some(r) = result(&text) {
+                bail!("{name} ended while waiting for {what}: {r}");
+            }
+            std::thread::sleep(Duration::from_millis(300));
+        }
+    }
+
+    /// Waits until a checker has done `ops` more operations, seen from now on.
+    pub fn flow(&self, name: &str, ops: u64) -> Result<()> {
+        let before = progress(&self.log(name)?).unwrap_or(0);
+        self.wait_log(name, "progress", |t| progress(t).is_some_and(|n| n >= before + ops))
+    }
+
+    /// Starts `migrrdma migrate` and leaves it running.
+    pub fn begin_migration(&self, name: &str, to: &str, options: &[&str]) -> Result<Running> {
+        let ip = self.ctx.node(to)?.spec.rdma_ip();
+        let mut argv = vec!["migrrdma", "migrate", name, "--to", &ip, "--json"];
+        argv.extend(options);
+        self.node_of(name)?.spawn(&argv)
+    }
+
+    /// Runs `migrrdma migrate` to its end, whatever that is.
+    pub fn try_migrate(&self, name: &str, to: &str, options: &[&str]) -> Result<Output> {
+        let ip = self.ctx.node(to)?.spec.rdma_ip();
+        let mut argv: Vec<String> = ["migrrdma", "migrate", name, "--to", &ip, "--json"].map(str::to_owned).to_vec();
+        argv.extend(options.iter().map(ToString::to_string));
+        self.node_of(name)?.run(Exec { argv, timeout_ms: Some(MIGRATION.as_millis() as u64), ..Exec::default() })
+    }
+
+    /// Moves a container; the summary of the migration.
+    pub fn migrate(&mut self, name: &str, to: &str) -> Result<Value> {
+        let out = self.try_migrate(name, to, &[])?;
+        let from = self.actor(name)?.at.clone();
+        if !out.success() {
+            // What the containers say is worth more than the runtime's view.
+            let said = self.log(name).unwrap_or_default();
+            bail!(
+                "migration of {name} {from} → {to} ended with status {}: {}\n{}\n{name} said: {}",
+                out.status(),
+                out.errors(),
+                tail(&out.text()),
+                tail(&said)
+            );
+        }
+        self.moved(name, to)?;
+        let done = json_lines(&out.text()).filter(|v| v["event"] == "done").last();
+        let summary = done.context("the migration printed no summary")?["summary"].clone();
+        if let Some(s) = summary["pause_seconds"].as_f64() {
+            self.ctx.note(format!("{name} {from}→{to}: pause {:.0} ms", s * 1000.0));
+        }
+        Ok(summary)
+    }
+
+    /// Notes that a migration started by other means has succeeded.
+    pub fn moved(&mut self, name: &str, to: &str) -> Result<()> {
+        let actor = self.cast.iter_mut().find(|a| a.name == name).with_context(|| format!("no {name}"))?;
+        actor.at = to.to_owned();
+        Ok(())
+    }
+
+    /// Asks a container to end in its own time.
+    pub fn terminate(&self, name: &str) -> Result<()> {
+        self.node_of(name)?.check(&["migrrdma", "kill", name, "TERM"]).map(drop)
+    }
+
+    /// Waits for a container's end, which must be with status 0. Returns its output.
+    pub fn ended(&self, name: &str) -> Result<String> {
+        let argv = ["migrrdma", "wait", "--timeout", "150", name].map(str::to_owned).to_vec();
+        let out = self.node_of(name)?.run(Exec { argv, timeout_ms: Some(160_000), ..Exec::default() })?;
+        let text = self.log(name)?;
+        ensure!(
+            out.success(),
+            "{name} on {} ended with status {} {}; it said:\n{}",
+            self.actor(name)?.at,
+            out.text().trim(),
+            out.errors(),
+            tail(&text)
+        );
+        Ok(text)
+    }
+
+    /// Waits for a checker's end and its verdict, which must be that nothing was wrong.
+    pub fn verdict(&mut self, name: &str) -> Result<Value> {
+        let text = self.ended(name)?;
+        let r = result(&text).with_context(|| format!("{name} printed no result:\n{}", tail(&text)))?;
+        ensure!(r["ok"] == true, "{name} found: {}", r["errors"]);
+        let busy = r["ops"].as_u64().unwrap_or(0);
+        ensure!(busy > 0, "{name} checked nothing: {r}");
+        Ok(r)
+    }
+
+    /// Removes containers, bundles and what is kept of them.
+    pub fn finish(self) -> Result<()> {
+        for actor in &self.cast {
+            for home in &actor.homes {
+                let node = self.ctx.node(home)?;
+                // Where it is not, there is nothing to delete.
+                let _ = node.exec(&["migrrdma", "delete", "--force", &actor.name])?;
+                bundle::remove(node, &actor.name).with_context(|| format!("remove {} from {home}", actor.name))?;
+                // Output and exit status outlive a container on purpose.
+                node.check(&["rm", "-rf", &format!("/var/lib/migrrdma/containers/{}", actor.name)])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A client and a server of the checker, loading each other.
+#[derive(Debug)]
+pub struct Pair {
+    /// Name of the client's container.
+    pub client: String,
+    /// Name of the server's container.
+    pub server: String,
+}
+
+impl Pair {
+    /// Starts both; the client's load is given in its own options. Returns when both are connected and busy.
+    pub fn start(stage: &mut Stage, tag: u8, client: &[&str], server: &[&str], load: &[&str]) -> Result<Pair> {
+        let pair = Pair { client: format!("ck-client{tag}"), server: format!("ck-server{tag}") };
+        let (sh, ch) = (120 + 2 * tag, 121 + 2 * tag);
+        let address = format!("10.20.0.{sh}");
+        let processes = load.iter().position(|o| *o == "--processes").map(|i| &load[i..i + 2]).unwrap_or_default();
+        let mut command = vec![CHECKER, "server", "--progress", "2"];
+        command.extend(processes);
+        stage.run(&pair.server, sh, server, &command)?;
+        stage.wait_log(&pair.server, "listening", |t| t.contains("listening"))?;
+        let mut command = vec![CHECKER, "client", "--connect", &address, "--duration", "0", "--progress", "1"];
+        command.extend(load);
+        stage.run(&pair.client, ch, client, &command)?;
+        stage.wait_log(&pair.client, "connection", |t| t.contains("\"running\""))?;
+        stage.flow(&pair.client, 200)?;
+        Ok(pair)
+    }
+
+    /// Ends both gracefully; both must find nothing wrong.
+    pub fn judge(&self, stage: &mut Stage) -> Result<()> {
+        stage.terminate(&self.client)?;
+        let client = stage.verdict(&self.client)?;
+        let server = stage.verdict(&self.server)?;
+        let number = |v: &Value, k: &str| v[k].as_u64().unwrap_or(0);
+        stage.ctx.note(format!(
+            "checked {} + {} operations; peer's longest standstill {} ms",
+            number(&client, "ops"),
+            number(&server, "ops"),
+            server["max_gap_ms"].as_f64().unwrap_or(0.0).round()
+        ));
+        for (sent, received) in [(&client, &server), (&server, &client)] {
+            ensure!(
+                number(sent, "sent") == number(received, "received"),
+                "{} messages sent, {} received",
+                number(sent, "sent"),
+                number(received, "received")
+            );
+        }
+        Ok(())
+    }
+}
+
+/// JSON objects among the lines of a text, prefixes left out.
+pub fn json_lines(text: &str) -> impl Iterator<Item = Value> + '_ {
+    text.lines().filter_map(|l| serde_json::from_str(l.get(l.find('{')?..)?).ok())
+}
+
+fn result(text: &str) -> Option<Value> {
+    json_lines(text).filter(|v| v["event"] == "result").last()
+}
+
+/// Operations in the last progress line.
+fn progress(text: &str) -> Option<u64> {
+    json_lines(text).filter(|v| v["event"] == "progress").last()?["ops"].as_u64()
+}
+
+/// The last lines of a text.
+pub fn tail(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_progress_and_the_result_are_found_among_other_lines() {
+        let text = "noise\n{\"event\":\"progress\",\"ops\":5}\n2026 stdout F {\"event\":\"progress\",\"ops\":9}\n\
+                    {\"event\":\"result\",\"ok\":true}\n{broken";
+        assert_eq!(progress(text), Some(9));
+        assert_eq!(result(text).map(|r| r["ok"] == true), Some(true));
+        assert_eq!(result("nothing"), None);
+    }
+}
