@@ -116,12 +116,12 @@ impl Cgroup {
 
     /// Sends `signal` to every process; SIGKILL reaches frozen ones too.
     pub fn kill_all(&self, signal: i32) -> Result<()> {
-        if signal == Signal::SIGKILL as i32 {
-            if let Some(path) = &self.unified {
-                let kill = path.join("cgroup.kill");
-                if kill.exists() {
-                    return fs::write(&kill, "1").with_context(|| format!("cannot write {}", kill.display()));
-                }
+        if signal == Signal::SIGKILL as i32
+            && let Some(path) = &self.unified
+        {
+            let kill = path.join("cgroup.kill");
+            if kill.exists() {
+                return fs::write(&kill, "1").with_context(|| format!("cannot write {}", kill.display()));
             }
         }
         for pid in self.pids()? {

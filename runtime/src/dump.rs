@@ -3,6 +3,7 @@
 //! Runs in process for `migrrdma checkpoint` and for a migration alike; the
 //! [`Gate`] is where the latter holds CRIU and decides.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -74,7 +75,7 @@ pub struct DumpReport {
 }
 
 /// Facts beside CRIU's images that CRIU does not keep.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageFacts {
     /// Version of this file.
     pub version: u32,
@@ -86,6 +87,9 @@ pub struct ImageFacts {
     /// with the stdio number that stands in for each.
     #[serde(default)]
     pub outside: Vec<(String, usize)>,
+    /// Size at the dump of each file among the keys of descriptors.
+    #[serde(default)]
+    pub sizes: BTreeMap<String, u64>,
 }
 
 impl ImageFacts {
@@ -134,21 +138,19 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
     let spec = handle.spec()?;
     let dirs = Directories::open(common, true)?;
     let keys = stdio::keys(pid);
-    let outside = gather_tree(&handle, options)?;
+    let mut outside = gather_tree(&handle, options)?;
+    add_outside_files(&handle, &keys, &mut outside)?;
     let mut opts = request(&handle, &spec, pid, options, &dirs)?;
     let files = outside.iter().map(|(key, _)| key).filter(|key| key.starts_with("file["));
     opts.external.extend(files.cloned());
-    if !options.pre_dump {
-        stdio::write(&common.image_path, &keys)?;
-        let facts = ImageFacts {
-            version: FACTS_VERSION,
-            id: handle.id().to_owned(),
-            shim: handle.sidecar.shim.clone(),
-            outside,
-        };
-        store::write_json(&common.image_path.join(FACTS), &facts)?;
-    }
-    run(&handle, opts, options, gate)?;
+    let facts = ImageFacts {
+        version: FACTS_VERSION,
+        id: handle.id().to_owned(),
+        shim: handle.sidecar.shim.clone(),
+        outside,
+        sizes: BTreeMap::new(),
+    };
+    run(&handle, opts, options, keys, facts, gate)?;
     drop(dirs);
     if options.leave_running || options.pre_dump {
         // CRIU leaves a cgroup it found frozen frozen; a status file may lag.
@@ -174,6 +176,20 @@ fn gather_tree(handle: &ContainerHandle, options: &DumpOptions) -> Result<Vec<(S
     keeper::release(handle)
 }
 
+/// Files from outside that processes other than init still hold as stdio:
+/// inherited from init, or carried by an earlier checkpoint.
+fn add_outside_files(handle: &ContainerHandle, keys: &[String], outside: &mut Vec<(String, usize)>) -> Result<()> {
+    for pid in handle.cgroup()?.pids()? {
+        for (n, key) in stdio::keys(pid).into_iter().enumerate() {
+            let known = keys.contains(&key) || outside.iter().any(|(old, _)| *old == key);
+            if key.starts_with("file[") && !known {
+                outside.push((key, n));
+            }
+        }
+    }
+    Ok(())
+}
+
 fn handle_after(handle: ContainerHandle, was_paused: bool) -> Result<()> {
     if was_paused && !handle.cgroup()?.is_frozen() {
         handle.cgroup()?.freeze()?;
@@ -181,12 +197,39 @@ fn handle_after(handle: ContainerHandle, was_paused: bool) -> Result<()> {
     Ok(())
 }
 
-fn run(handle: &ContainerHandle, opts: Criu_opts, options: &DumpOptions, gate: &mut dyn Gate) -> Result<()> {
+/// Writes what CRIU does not keep, with the tasks standing still.
+fn write_facts(handle: &ContainerHandle, dir: &Path, keys: &[String], mut facts: ImageFacts) -> Result<()> {
+    let outside = facts.outside.iter().map(|(key, _)| key);
+    let files: Vec<&String> = keys.iter().chain(outside).filter(|key| key.starts_with("file[")).collect();
+    if !files.is_empty() {
+        for pid in handle.cgroup()?.pids()? {
+            for (n, key) in stdio::keys(pid).into_iter().enumerate() {
+                if files.contains(&&key) {
+                    let size = fs::metadata(format!("/proc/{pid}/fd/{n}")).map_or(0, |meta| meta.len());
+                    facts.sizes.insert(key, size);
+                }
+            }
+        }
+    }
+    stdio::write(dir, keys)?;
+    store::write_json(&dir.join(FACTS), &facts)
+}
+
+fn run(
+    handle: &ContainerHandle,
+    opts: Criu_opts,
+    options: &DumpOptions,
+    keys: Vec<String>,
+    facts: ImageFacts,
+    gate: &mut dyn Gate,
+) -> Result<()> {
     let mut refusal = None;
     let mut status_fd = options.status_fd;
     let mut notify = |told: Notify| -> Verdict {
         let answer = match told.script.as_str() {
-            "post-dump" if !options.pre_dump => gate.post_dump(),
+            "post-dump" if !options.pre_dump => {
+                write_facts(handle, &options.common.image_path, &keys, facts.clone()).and_then(|()| gate.post_dump())
+            }
             "status-ready" => tell_ready(status_fd.take()),
             _ => Ok(()),
         };

@@ -33,11 +33,11 @@ pub fn receive_console(socket: &OwnedFd) -> Result<OwnedFd> {
     let mut iov = [std::io::IoSliceMut::new(&mut buf)];
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     for cmsg in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = cmsg {
-            if let Some(fd) = fds.first() {
-                // SAFETY: the kernel just made this descriptor for us.
-                return Ok(unsafe { OwnedFd::from_raw_fd(*fd) });
-            }
+        if let ControlMessageOwned::ScmRights(fds) = cmsg
+            && let Some(fd) = fds.first()
+        {
+            // SAFETY: the kernel just made this descriptor for us.
+            return Ok(unsafe { OwnedFd::from_raw_fd(*fd) });
         }
     }
     anyhow::bail!("the container's process sent no terminal")

@@ -172,10 +172,10 @@ fn kept(hash: &str, host: &HostPaths) -> Result<PathBuf> {
         return Ok(library);
     }
     // The installed one may be it, only never used on this host.
-    if let Ok((own, library)) = keep(host) {
-        if own == hash {
-            return Ok(library);
-        }
+    if let Ok((own, library)) = keep(host)
+        && own == hash
+    {
+        return Ok(library);
     }
     bail!("the container uses shim {hash}, which this host does not have; copy {} from the source", library.display())
 }

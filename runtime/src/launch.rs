@@ -100,11 +100,11 @@ fn validate(spec: &Spec) -> Result<()> {
 /// libcontainer takes an explicit `false` for "seccomp may be loaded late",
 /// which then fails for want of rights; absent means the same and works.
 fn drop_false_no_new_privileges(spec: &mut Spec) {
-    if let Some(mut process) = spec.process().clone() {
-        if process.no_new_privileges() == Some(false) {
-            process.set_no_new_privileges(None);
-            spec.set_process(Some(process));
-        }
+    if let Some(mut process) = spec.process().clone()
+        && process.no_new_privileges() == Some(false)
+    {
+        process.set_no_new_privileges(None);
+        spec.set_process(Some(process));
     }
 }
 

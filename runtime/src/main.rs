@@ -78,10 +78,10 @@ fn main() -> ExitCode {
 /// Where containers' state lies unless `--root` says otherwise. Engines set
 /// XDG_RUNTIME_DIR to odd values even for root, so root never asks it.
 fn default_root() -> PathBuf {
-    if !nix::unistd::geteuid().is_root() {
-        if let Some(dir) = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()) {
-            return PathBuf::from(dir).join("migrrdma");
-        }
+    if !nix::unistd::geteuid().is_root()
+        && let Some(dir) = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty())
+    {
+        return PathBuf::from(dir).join("migrrdma");
     }
     "/run/migrrdma".into()
 }

@@ -9,13 +9,15 @@
 //! closes while a question is open means *no*. After [`Event::Running`] the
 //! monitor needs its starter no more: the agent may come and go.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -31,7 +33,7 @@ use crate::foreground;
 use crate::gate::Gate;
 use crate::launch::{self, Console, CreateOptions};
 use crate::record::{LogWriter, Record, Stream};
-use crate::restore::{self, RestoreOptions};
+use crate::restore::{self, FileMaker, RestoreOptions};
 
 /// A longer line is not one of ours.
 const LINE_CAP: u64 = 1 << 20;
@@ -79,7 +81,7 @@ pub struct RestoreOrder {
     /// CRIU's network lock is left out: the caller's link is down.
     #[serde(default)]
     pub skip_network_lock: bool,
-    /// Leave createRuntime hooks out; the caller runs them at its commit.
+    /// Leave createRuntime hooks out; the caller connects the network at its commit.
     #[serde(default)]
     pub skip_create_hooks: bool,
     /// A program other than the installed criu.
@@ -253,8 +255,11 @@ struct Spool {
 const SPOOL_STEP: u64 = 1 << 20;
 
 impl Spool {
-    fn new(record: &Record, stream: Stream) -> Result<Spool> {
-        Ok(Spool { file: record.spool()?, read: 0, stream })
+    /// CRIU insists on the size the file had; what is read begins there.
+    fn new(record: &Record, stream: Stream, size: u64) -> Result<Spool> {
+        let file = record.spool()?;
+        file.set_len(size).context("cannot size the output file")?;
+        Ok(Spool { file, read: size, stream })
     }
 
     /// Its writing end for the container.
@@ -296,15 +301,19 @@ fn supervise(order: &Order, stream: &mut BufReader<UnixStream>) -> Result<()> {
     };
     let record = Record::of(id)?;
     let Pipes { container, ours } = pipes()?;
-    let mut spools = Vec::new();
+    let spools = Rc::new(RefCell::new(Vec::new()));
     let pid = match order {
         Order::Run(order) => run(order, container, &record)?,
         Order::Restore(order) => {
-            if restore::wants_files(&order.image_path)? {
-                spools = vec![Spool::new(&record, Stream::Stdout)?, Spool::new(&record, Stream::Stderr)?];
-            }
-            let writer = |n: usize| spools.get(n).map(Spool::writer).transpose();
-            let files = [None, writer(0)?, writer(1)?];
+            let made = Rc::clone(&spools);
+            let of = record.clone();
+            let files = FileMaker(Box::new(move |n, size| {
+                let stream = if n == 1 { Stream::Stdout } else { Stream::Stderr };
+                let spool = Spool::new(&of, stream, size)?;
+                let writer = spool.writer()?;
+                made.borrow_mut().push(spool);
+                Ok(writer)
+            }));
             restore_held(order, container, files, &record, stream)?
         }
     };
@@ -312,6 +321,7 @@ fn supervise(order: &Order, stream: &mut BufReader<UnixStream>) -> Result<()> {
     // The starter may be gone; the container is not.
     drop(running);
     stream.get_ref().shutdown(std::net::Shutdown::Both).ok();
+    let spools = spools.take();
     watch(pid, ours, spools, &record)
 }
 
@@ -344,7 +354,7 @@ fn run(order: &RunOrder, stdio: [Option<OwnedFd>; 3], record: &Record) -> Result
 fn restore_held(
     order: &RestoreOrder,
     stdio: [Option<OwnedFd>; 3],
-    files: [Option<OwnedFd>; 3],
+    files: FileMaker,
     record: &Record,
     stream: &mut BufReader<UnixStream>,
 ) -> Result<i32> {
@@ -369,7 +379,7 @@ fn restore_held(
     options.create_hooks = !order.skip_create_hooks;
     options.pid_file = order.pid_file.clone();
     options.stdio = stdio;
-    options.files = files;
+    options.files = Some(files);
     let mut gate = SocketGate { stream, hold: order.hold, record };
     Ok(restore::restore(options, &mut gate)?.pid)
 }
@@ -490,11 +500,6 @@ fn reap(pid: i32) -> Result<Option<i32>> {
             Err(err) => return Err(err).context("waiting for the container's process"),
         }
     }
-}
-
-/// The installed path of this program, for those who start monitors.
-pub fn program() -> &'static Path {
-    Path::new("/proc/self/exe")
 }
 
 #[cfg(test)]

@@ -14,27 +14,14 @@ use crate::clock;
 pub fn failure(err: &anyhow::Error, log: Option<&Path>, json: bool) {
     let text = format!("{err:#}");
     let text = one_line(&text);
-    if let Some(path) = log {
-        if let Err(why) = append(path, &line("error", &text, json)) {
-            eprintln!("{text}");
-            eprintln!("cannot write the log {}: {why}", path.display());
-            return;
-        }
+    if let Some(path) = log
+        && let Err(why) = append(path, &line("error", &text, json))
+    {
+        eprintln!("{text}");
+        eprintln!("cannot write the log {}: {why}", path.display());
+        return;
     }
     eprintln!("{text}");
-}
-
-/// Something worth knowing that is no failure. Never on stdout, and on stderr
-/// only without a log file: engines read both.
-pub fn warning(text: &str, log: Option<&Path>, json: bool) {
-    match log {
-        // podman wants the file to be a single object: warnings would spoil it.
-        Some(_) if json => {}
-        Some(path) => {
-            let _ = append(path, &line("warning", &one_line(text), json));
-        }
-        None => eprintln!("warning: {}", one_line(text)),
-    }
 }
 
 fn append(path: &Path, line: &str) -> std::io::Result<()> {

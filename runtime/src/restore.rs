@@ -45,15 +45,24 @@ pub struct RestoreOptions {
     pub console_socket: Option<PathBuf>,
     pub tcp_close: bool,
     /// Run prestart and createRuntime hooks, which connect the container to
-    /// its network. A migration leaves them out and calls [`connect`] at its commit.
+    /// its network. A migration leaves them out: its commit connects.
     pub create_hooks: bool,
     /// `TYPE:NAME`.
     pub lsm_profile: Option<String>,
     pub lsm_mount_context: Option<String>,
     /// stdin, stdout, stderr; inherited from this process where `None`.
     pub stdio: [Option<OwnedFd>; 3],
-    /// Stand-ins for stdio that was a regular file, where `stdio` is none.
-    pub files: [Option<OwnedFd>; 3],
+    /// Makes stand-ins for stdio that was a regular file, where `stdio` is none.
+    pub files: Option<FileMaker>,
+}
+
+/// Gives a writable file of the size asked for to stand in for stdout (1) or stderr (2).
+pub struct FileMaker(pub Box<dyn FnMut(usize, u64) -> Result<OwnedFd>>);
+
+impl std::fmt::Debug for FileMaker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FileMaker")
+    }
 }
 
 impl RestoreOptions {
@@ -72,7 +81,7 @@ impl RestoreOptions {
             lsm_profile: None,
             lsm_mount_context: None,
             stdio: [None, None, None],
-            files: [None, None, None],
+            files: None,
         }
     }
 }
@@ -81,7 +90,6 @@ impl RestoreOptions {
 #[derive(Debug)]
 pub struct Restored {
     pub pid: i32,
-    pub handle: ContainerHandle,
     /// The terminal's master side when no console socket took it.
     pub console: Option<OwnedFd>,
 }
@@ -103,8 +111,8 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
             "the image's processes use the RDMA shim, but the bundle's config.json has no RDMA device; add it, or annotation org.migrrdma.inject=true"
         );
     }
-    let outside = facts.map(|facts| facts.outside).unwrap_or_default();
-    if outside.len() > MAX_OUTSIDE || outside.iter().any(|(_, n)| *n > 2) {
+    let facts = facts.unwrap_or_default();
+    if facts.outside.len() > MAX_OUTSIDE || facts.outside.iter().any(|(_, n)| *n > 2) {
         bail!("{} of the image is malformed", crate::dump::FACTS);
     }
     let dir = launch::make_state_dir(&options.root, &options.id)?;
@@ -114,7 +122,7 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
     let result = (|| {
         let cgroup = cgroup.as_ref().map_err(|err| anyhow::anyhow!("{err:#}"))?;
         let root = MountedRoot::new(&dir, &prepared.rootfs)?;
-        restore_in(&dir, &prepared, outside, options, cgroup, &root.0, gate)
+        restore_in(&dir, &prepared, facts, options, cgroup, &root.0, gate)
     })();
     result.inspect_err(|_| destroy::leftovers(&dir, &id, cgroup.as_ref().ok(), injected))
 }
@@ -122,7 +130,7 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
 fn restore_in(
     dir: &Path,
     prepared: &Prepared,
-    outside: Vec<(String, usize)>,
+    facts: ImageFacts,
     mut options: RestoreOptions,
     cgroup: &Cgroup,
     criu_root: &Path,
@@ -151,12 +159,14 @@ fn restore_in(
         let fd = criu.pass_fd(file.into());
         opts.inherit_fd.push(inherit(key, fd));
     }
+    let ImageFacts { outside, sizes, .. } = facts;
     let mut stdio_fds = Vec::new();
     for (n, fd) in std::mem::take(&mut options.stdio).into_iter().enumerate() {
         stdio_fds.push(own_or(fd, n)?);
     }
     for (key, n) in stdio::inheritable(&common.image_path)?.into_iter().chain(outside) {
-        let fd = criu.pass_fd(stand_in(&key, n, &stdio_fds[n], &options.files)?);
+        let size = sizes.get(&key).copied();
+        let fd = criu.pass_fd(stand_in(&key, n, size, &stdio_fds[n], &mut options.files)?);
         opts.inherit_fd.push(inherit(&key, fd));
     }
     for (n, fd) in stdio_fds.into_iter().enumerate() {
@@ -212,7 +222,7 @@ fn restore_in(
     if let Some(path) = &options.pid_file {
         launch::write_pid_file(path, pid)?;
     }
-    Ok(Restored { pid, handle, console: terminal })
+    Ok(Restored { pid, console: terminal })
 }
 
 /// Records the restored init before it runs.
@@ -236,26 +246,26 @@ fn own_or(fd: Option<OwnedFd>, n: usize) -> Result<OwnedFd> {
         .context("cannot duplicate stdio")
 }
 
-/// Whether an image needs [`RestoreOptions::files`] when stdio is pipes.
-pub fn wants_files(image_dir: &Path) -> Result<bool> {
-    let mut keys = stdio::inheritable(image_dir)?;
-    keys.extend(ImageFacts::read(image_dir)?.into_iter().flat_map(|facts| facts.outside));
-    Ok(keys.iter().any(|(key, n)| key.starts_with("file[") && *n > 0))
-}
-
-/// What takes the place of a descriptor that led out of the container. CRIU
-/// puts a file's position back, which a pipe refuses.
-fn stand_in(key: &str, n: usize, stdio: &OwnedFd, files: &[Option<OwnedFd>; 3]) -> Result<OwnedFd> {
-    let seekable = nix::unistd::lseek(stdio, 0, nix::unistd::Whence::SeekCur).is_ok();
-    if !key.starts_with("file[") || seekable {
-        return stdio.try_clone().context("cannot duplicate stdio");
+/// What takes the place of a descriptor that led out of the container. For a
+/// file CRIU wants the size it had and puts the position back, which neither
+/// a pipe nor another file allows.
+fn stand_in(key: &str, n: usize, size: Option<u64>, stdio: &OwnedFd, files: &mut Option<FileMaker>) -> Result<OwnedFd> {
+    let own = || stdio.try_clone().context("cannot duplicate stdio");
+    if !key.starts_with("file[") {
+        return own();
     }
-    match (&files[n], n) {
-        (Some(file), _) => file.try_clone().context("cannot duplicate stdio"),
-        (None, 0) => Ok(File::options().read(true).write(true).open("/dev/null")?.into()),
-        (None, _) => bail!(
-            "{} of the image was a file, which a pipe cannot replace; restore with it redirected to a file or /dev/null",
-            ["stdin", "stdout", "stderr"][n]
+    let fits = match nix::sys::stat::fstat(stdio)? {
+        stat if stat.st_mode & libc::S_IFMT == libc::S_IFREG => size.is_none_or(|size| size == stat.st_size as u64),
+        _ => size.unwrap_or(0) == 0 && nix::unistd::lseek(stdio, 0, nix::unistd::Whence::SeekCur).is_ok(),
+    };
+    match (fits, files, n) {
+        (true, _, _) => own(),
+        (_, _, 0) => Ok(File::options().read(true).write(true).open("/dev/null")?.into()),
+        (_, Some(make), _) => (make.0)(n, size.unwrap_or(0)),
+        (_, None, _) => bail!(
+            "{} was a file of {} bytes at the checkpoint; restore with it redirected to that file",
+            ["stdin", "stdout", "stderr"][n],
+            size.unwrap_or(0)
         ),
     }
 }
@@ -331,12 +341,6 @@ fn external_namespaces(opts: &mut Criu_opts, spec: &Spec) -> Result<Vec<(&'stati
         bail!("CRIU cannot restore into an existing cgroup namespace");
     }
     Ok(inherited)
-}
-
-/// Runs the hooks a restore with `create_hooks: false` left out.
-pub fn connect(handle: &ContainerHandle) -> Result<()> {
-    let pid = handle.init_pid().context(store::NOT_RUNNING)?;
-    run_hooks(&handle.spec()?, &handle.container, pid)
 }
 
 fn run_hooks(spec: &Spec, container: &Container, pid: i32) -> Result<()> {

@@ -179,11 +179,11 @@ impl<'a> Criu<'a> {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|err| io_error("socketpair", err.into()))?;
         let mut child = self.start(theirs)?;
-        if let Some(place) = self.placement.take() {
-            if let Err(why) = place(child.pid(), req.opts.mut_or_insert_default()) {
-                child.kill();
-                return Err(CriuError::Placement(why));
-            }
+        if let Some(place) = self.placement.take()
+            && let Err(why) = place(child.pid(), req.opts.mut_or_insert_default())
+        {
+            child.kill();
+            return Err(CriuError::Placement(why));
         }
         let outcome = self.converse(op, &ours, &req, notify);
         let refused = match &outcome {
@@ -194,10 +194,10 @@ impl<'a> Criu<'a> {
         drop(ours);
         self.reap(&mut child, matches!(outcome, Err(CriuError::Deadline { .. })));
         let answer = outcome?.answer;
-        if let Some((script, why)) = refused {
-            if !answer.as_ref().is_some_and(Criu_resp::success) {
-                return Err(CriuError::Refused { op, script, why });
-            }
+        if let Some((script, why)) = refused
+            && !answer.as_ref().is_some_and(Criu_resp::success)
+        {
+            return Err(CriuError::Refused { op, script, why });
         }
         let Some(answer) = answer else {
             return Err(CriuError::Failed { op, cause: self.cause("it ended without an answer", ""), errno: 0 });

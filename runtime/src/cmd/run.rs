@@ -56,10 +56,10 @@ fn go(handle: &mut ContainerHandle, args: &Run, pair: Option<std::os::fd::OwnedF
         false => Some(foreground::block_signals()?),
     };
     launch::start(handle)?;
-    if args.create.pid_file.is_some() {
-        if let Some(path) = &args.create.pid_file {
-            launch::write_pid_file(path, pid)?;
-        }
+    if args.create.pid_file.is_some()
+        && let Some(path) = &args.create.pid_file
+    {
+        launch::write_pid_file(path, pid)?;
     }
     match signals {
         None => Ok(0),
