@@ -174,7 +174,7 @@ pub struct Image {
 
 fn recipe_key() -> String {
     let mut parts: Vec<&[u8]> = vec![SUITE.as_bytes(), GUEST_UNIT.as_bytes(), CUSTOMISE.as_bytes()];
-    for list in [NODE_PACKAGES, CONTAINER_PACKAGES, UNUSED_MODULES, UNUSED_PATHS, MASKED_UNITS] {
+    for list in [NODE_PACKAGES, CONTAINER_PACKAGES, UNUSED_MODULES, UNUSED_PATHS, USED_PATHS, MASKED_UNITS] {
         parts.push(b"--");
         parts.extend(list.iter().map(|s| s.as_bytes()));
     }
