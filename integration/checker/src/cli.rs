@@ -81,6 +81,9 @@ pub struct End {
     /// GID index; the first IPv4 one if not given
     #[arg(long)]
     pub gid_index: Option<u8>,
+    /// What sysfs says of the device, read past the library, must not change either
+    #[arg(long)]
+    pub check_sysfs: bool,
     /// Append a line of JSON every 100 ms to this file (`-`: standard output)
     #[arg(long)]
     pub timeline: Option<String>,
@@ -108,7 +111,12 @@ impl End {
     /// The part that concerns verbs objects.
     #[must_use]
     pub fn local(&self) -> Local {
-        Local { device: self.device.clone(), port: self.ib_port, gid_index: self.gid_index }
+        Local {
+            device: self.device.clone(),
+            port: self.ib_port,
+            gid_index: self.gid_index,
+            check_sysfs: self.check_sysfs,
+        }
     }
 
     /// The part that concerns watching over the run.

@@ -4,6 +4,9 @@
 //! counts from another boot, the wall clock may be off. Neither may fake a stall or a pause here, so
 //! time is the sum of small steps, each the smaller of what both clocks say. Steps on which the
 //! clocks disagree are counted and reported. Deadlines everywhere else are measured in this time.
+//!
+//! How long the process really stood still is told by the wall clock, which machines keep alike: a
+//! monotonic clock that is carried along goes on where it stopped.
 
 use crate::failure::lock;
 use std::sync::Mutex;
@@ -40,7 +43,7 @@ impl Reading {
 /// What the stamps have shown.
 #[derive(Clone, Debug, Default)]
 pub struct Stamps {
-    /// Largest step, in nanoseconds of this process's time.
+    /// Largest time between two stamps by the wall clock (the monotonic one where that was set).
     pub max_ns: i64,
     /// Wall-clock time at the end of that step, in milliseconds since 1970.
     pub max_at_wall_ms: i64,
@@ -105,8 +108,10 @@ impl Clock {
         if (mono - wall).abs() > STEP_NS && s.jumps.len() < 32 {
             s.jumps.push((mono / 1_000_000, wall / 1_000_000));
         }
-        if step > s.max_ns {
-            s.max_ns = step;
+        // A wall clock that jumps by an hour was set.
+        let stood = if (0..3_600_000_000_000).contains(&wall) { wall } else { mono.max(0) };
+        if stood > s.max_ns {
+            s.max_ns = stood;
             s.max_at_wall_ms = r.wall / 1_000_000;
         }
         s.max_mono_ns = s.max_mono_ns.max(mono);
@@ -163,9 +168,18 @@ mod tests {
     }
 
     #[test]
+    fn a_monotonic_clock_that_was_carried_along_does_not_hide_the_pause() {
+        let c = Clock::new(at(0, 0));
+        c.stamp(at(20, 900));
+        assert_eq!(c.stamps().max_ns, 900_000_000);
+        assert_eq!(c.now_ns(), 20_000_000);
+    }
+
+    #[test]
     fn a_wall_clock_set_back_is_ignored() {
         let c = Clock::new(at(0, 1_000_000));
         c.stamp(at(10, 0));
         assert_eq!(c.now_ns(), 10_000_000);
+        assert_eq!(c.stamps().max_ns, 10_000_000);
     }
 }

@@ -20,8 +20,8 @@ struct ContextIdentity {
     gid: [u8; 16],
     /// Device number of the node in /dev/infiniband, if there is one.
     node: Option<u64>,
-    /// What sysfs says: RDMA device of the verbs device, node GUID. `None` where unreadable.
-    sysfs: [Option<String>; 2],
+    /// What sysfs says, read past the library: RDMA device of the verbs device, node GUID.
+    sysfs: Option<[Option<String>; 2]>,
 }
 
 /// A picture of everything, to compare later ones with.
@@ -48,7 +48,9 @@ impl Identity {
                 port: c.port(rig.port).map_err(|e| e.to_string())?,
                 gid: c.gid(rig.port, i32::from(rig.gid_index)).map_err(|e| e.to_string())?,
                 node: std::fs::metadata(node).ok().map(|m| m.rdev()),
-                sysfs: [read(format!("{}/ibdev", device.dev_path)), read(format!("{}/node_guid", device.ibdev_path))],
+                sysfs: rig.check_sysfs.then(|| {
+                    [read(format!("{}/ibdev", device.dev_path)), read(format!("{}/node_guid", device.ibdev_path))]
+                }),
                 device,
             });
         }

@@ -45,7 +45,7 @@ pub struct Outcome {
     pub heartbeats: u64,
     /// Largest time without any completion, in milliseconds.
     pub max_gap_ms: f64,
-    /// Largest time the stamp thread did not run, in milliseconds: both clocks agree on this much.
+    /// Largest time the stamp thread did not run, in milliseconds.
     pub max_stamp_gap_ms: f64,
     /// Wall-clock time at its end, in milliseconds since 1970.
     pub max_stamp_gap_at_wall_ms: i64,

@@ -25,6 +25,8 @@ pub struct Local {
     pub port: u8,
     /// GID index; the first IPv4 one if none.
     pub gid_index: Option<u8>,
+    /// Files of sysfs must not change either.
+    pub check_sysfs: bool,
 }
 
 /// One CQ with its place in the polling threads.
@@ -66,6 +68,8 @@ pub struct Rig {
     pub port: u8,
     /// Local GID index.
     pub gid_index: u8,
+    /// Whether the identity check reads sysfs.
+    pub check_sysfs: bool,
     /// Open devices.
     pub contexts: Vec<Context>,
     pds: Vec<Pd>,
@@ -121,6 +125,7 @@ impl Rig {
             side,
             port: local.port,
             gid_index,
+            check_sysfs: local.check_sysfs,
             contexts,
             pds: Vec::new(),
             queues: Vec::new(),
