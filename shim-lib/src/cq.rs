@@ -247,10 +247,11 @@ impl ShadowCq {
             let mut kept = 0;
             for i in 0..got as usize {
                 // SAFETY: the library filled `got` of them.
-                let mut wc = unsafe { out.add(i).read() };
-                if self.settle(&mut wc) {
-                    // SAFETY: kept <= i.
-                    unsafe { out.add(kept).write(wc) };
+                if self.settle(unsafe { &mut *out.add(i) }) {
+                    if kept < i {
+                        // SAFETY: both are among them.
+                        unsafe { out.add(kept).write(out.add(i).read()) };
+                    }
                     kept += 1;
                 }
             }
