@@ -567,10 +567,9 @@ impl World {
         let started = self.ends.iter().any(|e| !e.stage_is(&[Stage::Running]));
         for round in 0..2000 {
             for end in 0..2 {
-                if started && self.fate != Fate::Aborted && !self.ends[end].stage_is(&[Stage::Running]) || round == 0 {
-                    if started && commit {
-                        self.step(Op::Suspend { end })?;
-                    }
+                let begun = self.fate != Fate::Aborted && !self.ends[end].stage_is(&[Stage::Running]);
+                if started && commit && (begun || round == 0) {
+                    self.step(Op::Suspend { end })?;
                 }
                 if self.fate == Fate::Aborted {
                     self.step(Op::Abort { end })?;

@@ -31,9 +31,16 @@ pub fn resume(migration: &mut Migration) -> Result<Vec<Arc<ShadowQp>>, Refused> 
     Ok(std::mem::take(&mut migration.qps))
 }
 
+/// What [`abort`] leaves to do and to say.
+pub struct Undone {
+    /// To be [`flush`]ed.
+    pub qps: Vec<Arc<ShadowQp>>,
+    pub result: Result<(), Refused>,
+}
+
 /// Before commit: everything is as it was. What could not be undone is said; the rest is undone all the same. An error
 /// of the outer kind means that nothing was undone yet: ask again.
-pub fn abort(migration: &mut Migration) -> Result<(Vec<Arc<ShadowQp>>, Result<(), Refused>), Refused> {
+pub fn abort(migration: &mut Migration) -> Result<Undone, Refused> {
     let _alone = alone()?;
     let mut failed = Vec::new();
     if migration.frozen.take().is_some() {
@@ -60,7 +67,7 @@ pub fn abort(migration: &mut Migration) -> Result<(Vec<Arc<ShadowQp>>, Result<()
     } else {
         Err(Refused::new(format!("not everything could be posted again: {}", failed.join("; "))))
     };
-    Ok((std::mem::take(&mut migration.qps), result))
+    Ok(Undone { qps: std::mem::take(&mut migration.qps), result })
 }
 
 /// Second QPs that were not used.

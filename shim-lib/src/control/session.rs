@@ -225,10 +225,10 @@ impl Session {
         if migration.committed() {
             return Err(Refused::new("the migration has been committed: it can only be resumed"));
         }
-        let (left, result) = resume::abort(migration)?;
-        self.flushing.extend(left);
+        let undone = resume::abort(migration)?;
+        self.flushing.extend(undone.qps);
         self.end();
-        result.map(|()| Reply::Done)
+        undone.result.map(|()| Reply::Done)
     }
 
     fn end(&mut self) {

@@ -51,7 +51,7 @@ impl FileId {
         // SAFETY: an out-parameter of the right type; any fd number may be asked about.
         unsafe {
             let mut st: libc::stat = zeroed();
-            (libc::fstat(fd, &mut st) == 0).then(|| Self(st.st_dev, st.st_ino))
+            (libc::fstat(fd, &mut st) == 0).then_some(Self(st.st_dev, st.st_ino))
         }
     }
 }
@@ -225,4 +225,76 @@ pub fn close(fd: RawFd, id: FileId) {
 
 fn again() -> bool {
     matches!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EAGAIN | libc::EINTR))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::{AsRawFd, IntoRawFd};
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (Conn, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        ours.set_nonblocking(true).expect("a flag");
+        let fd = ours.into_raw_fd();
+        (Conn { fd, id: FileId::of(fd).expect("an open fd") }, theirs)
+    }
+
+    fn soon() -> Option<Instant> {
+        Some(Instant::now() + Duration::from_millis(200))
+    }
+
+    #[test]
+    fn a_message_arrives_as_it_was_sent() {
+        let (a, b) = pair();
+        b.set_nonblocking(true).expect("a flag");
+        let b = Conn { id: FileId::of(b.as_raw_fd()).expect("an open fd"), fd: b.into_raw_fd() };
+        assert!(!b.is_ready(Duration::ZERO));
+        a.send(&(7u32, "text".to_owned())).expect("sent");
+        assert!(b.is_ready(Duration::ZERO));
+        assert_eq!(b.receive::<(u32, String)>(soon()).expect("received"), (7, "text".to_owned()));
+        drop(a);
+        assert!(matches!(b.receive::<u32>(soon()), Err(WireError::Closed)));
+    }
+
+    #[test]
+    fn what_is_not_a_frame_is_refused_before_memory_is_taken_for_it() {
+        let frames: [(&[u8], &str); 4] = [
+            (b"GET / HT", "wrong magic"),
+            (b"mrd1\xff\xff\xff\x7f", "too long"),
+            (b"mrd1\x02\0\0\0\x05\x06", "bytes left over"),
+            (b"mrd1\x01\0\0\0\xff", "unknown message"),
+        ];
+        for (bytes, why) in frames {
+            let (a, mut b) = pair();
+            b.write_all(bytes).expect("written");
+            match a.receive::<u32>(soon()) {
+                Err(WireError::Garbage(said)) => assert_eq!(said, why),
+                other => panic!("{why}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn half_a_frame_does_not_block_for_ever() {
+        let (a, mut b) = pair();
+        b.write_all(b"mrd1\x05\0\0\0ab").expect("written");
+        assert!(matches!(a.receive::<String>(soon()), Err(WireError::Late(_))));
+    }
+
+    #[test]
+    fn an_fd_the_application_took_is_neither_used_nor_closed() {
+        let (a, _b) = pair();
+        let (fd, _) = a.number();
+        let file = std::fs::File::open("/dev/null").expect("a file");
+        // SAFETY: puts another file behind the number, as an application does that closes all fds and opens its own.
+        assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), fd) }, fd);
+        assert!(matches!(a.send(&1u32), Err(WireError::Taken)));
+        assert!(matches!(a.receive::<u32>(soon()), Err(WireError::Taken)));
+        drop(a);
+        assert_eq!(FileId::of(fd), FileId::of(file.as_raw_fd()), "it is the application's now");
+        // SAFETY: opened by this test.
+        unsafe { libc::close(fd) };
+    }
 }
