@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::criu_plan::{self, Common, Directories, MASK};
 use crate::gate::Gate;
 use crate::store::{self, ContainerHandle};
-use crate::{destroy, keeper, stdio};
+use crate::{destroy, handed, keeper, stdio};
 
 /// Log of dumps, a name engines know.
 pub const LOG: &str = "dump.log";
@@ -290,6 +290,7 @@ fn request(
         server.set_port(*port);
         opts.ps = Some(server).into();
     }
+    opts.external.extend(handed::externals(&handle.cgroup()?.pids()?));
     for mount in criu_plan::external_mounts(spec, root)? {
         opts.ext_mnt.push(criu_plan::mount_entry(&mount.destination, &mount.destination));
     }

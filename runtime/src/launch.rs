@@ -222,12 +222,22 @@ fn create_in(dir: &Path, id: &str, prepared: &Prepared, options: &mut CreateOpti
     };
     let pid = container_main_process(&args);
     restore_oom_score(score);
-    let pid = pid.context("cannot create the container's process")?.as_raw();
+    let pid = pid.map_err(creation_error)?.as_raw();
     adopt_process(&mut handle, pid)?;
     confine(&prepared.spec, &handle.sidecar.cgroup)?;
     handle.sidecar.descriptors = stdio::links(pid);
     handle.set_status(ContainerStatus::Created)?;
     Ok(handle)
+}
+
+/// A command that cannot be executed is told in runc's words, without the
+/// layers it came through.
+pub fn creation_error(err: libcontainer::process::container_main_process::ProcessError) -> anyhow::Error {
+    let text = format!("{err}");
+    match text.find("exec: \"") {
+        Some(at) => anyhow::anyhow!("{}", &text[at..]),
+        None => anyhow::Error::from(err).context("cannot create the container's process"),
+    }
 }
 
 /// Records which process is the container's init.

@@ -13,12 +13,14 @@ mod clock;
 mod cmd;
 mod console;
 mod criu_plan;
+mod debug_log;
 mod destroy;
 mod devices;
 mod dump;
 mod executor;
 mod foreground;
 mod gate;
+mod handed;
 mod inject;
 mod keeper;
 mod launch;
@@ -65,14 +67,23 @@ fn main() -> ExitCode {
     let mut global = cli.global;
     let root = global.root.take().unwrap_or_else(default_root);
     global.root = Some(root);
+    if global.debug {
+        debug_log::install(log_file(global.log.as_deref()));
+    }
     match cmd::run(verb, &global) {
         Ok(status) => ExitCode::from(status.clamp(0, 255) as u8),
+        Err(err) if reader_is_gone(&err) => ExitCode::FAILURE,
         Err(err) => {
             let json = global.log_format == LogFormat::Json;
             report::failure(&err, log_file(global.log.as_deref()), json);
             ExitCode::FAILURE
         }
     }
+}
+
+/// `migrrdma list | head -1` is no failure worth a message.
+fn reader_is_gone(err: &anyhow::Error) -> bool {
+    err.downcast_ref::<std::io::Error>().is_some_and(|err| err.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// Where containers' state lies unless `--root` says otherwise. Engines set

@@ -10,6 +10,14 @@ use std::path::Path;
 
 use crate::clock;
 
+/// `println!` whose failure is an error: a reader that went away is no panic.
+macro_rules! outln {
+    ($($text:tt)*) => {
+        std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", format_args!($($text)*)))?
+    };
+}
+pub(crate) use outln;
+
 /// Writes the error to `log` (when there is one) and to stderr.
 pub fn failure(err: &anyhow::Error, log: Option<&Path>, json: bool) {
     let text = format!("{err:#}");

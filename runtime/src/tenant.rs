@@ -25,7 +25,7 @@ use nix::fcntl::OFlag;
 use crate::cgroup;
 use crate::executor::ContainerExec;
 use crate::keeper;
-use crate::launch::Console;
+use crate::launch::{self, Console};
 use crate::store::{self, ContainerHandle};
 
 /// What to run and how.
@@ -186,7 +186,7 @@ fn launch(
         as_sibling: false,
         pid_file: None,
     };
-    let pid = container_main_process(&args).context("cannot run a process in the container")?.as_raw();
+    let pid = container_main_process(&args).map_err(launch::creation_error)?.as_raw();
     NotifySocket::new(notify).notify_container_start()?;
     drop(write);
     // Closed by exec; text before that is the reason why there was none.

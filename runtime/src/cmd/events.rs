@@ -10,6 +10,7 @@ use libcontainer::container::ContainerStatus;
 use serde_json::{Value, json};
 
 use crate::cli::{Events, Global};
+use crate::report::outln;
 use crate::store::ContainerHandle;
 
 pub fn run(args: &Events, global: &Global) -> Result<i32> {
@@ -33,10 +34,10 @@ pub fn run(args: &Events, global: &Global) -> Result<i32> {
         let dir = cgroup.unified().context("statistics need the unified cgroup hierarchy")?;
         let killed = keyed(&dir.join("memory.events")).get("oom_kill").copied().unwrap_or(0);
         if ooms.is_some_and(|before| killed > before) {
-            println!("{}", json!({"type": "oom", "id": args.id}));
+            outln!("{}", json!({"type": "oom", "id": args.id}));
         }
         ooms = Some(killed);
-        println!("{}", json!({"type": "stats", "id": args.id, "data": stats(dir)}));
+        outln!("{}", json!({"type": "stats", "id": args.id, "data": stats(dir)}));
         if args.stats {
             return Ok(0);
         }

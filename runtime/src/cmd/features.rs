@@ -1,6 +1,7 @@
 //! `features`: what this runtime understands, as engines ask for it. Nothing
 //! but JSON may be printed, on stderr neither.
 
+use crate::report::outln;
 use anyhow::Result;
 use serde_json::json;
 
@@ -36,7 +37,7 @@ pub fn run() -> Result<i32> {
         },
         "potentiallyUnsafeConfigAnnotations": ["org.criu.config", "org.migrrdma.inject"],
     });
-    println!("{}", serde_json::to_string_pretty(&features)?);
+    outln!("{}", serde_json::to_string_pretty(&features)?);
     Ok(0)
 }
 

@@ -5,12 +5,13 @@ use serde_json::{Value, json};
 
 use crate::cli::{Global, Id};
 use crate::clock;
+use crate::report::outln;
 use crate::store::ContainerHandle;
 use libcontainer::container::ContainerStatus;
 
 pub fn run(args: &Id, global: &Global) -> Result<i32> {
     let handle = ContainerHandle::load(super::root(global), &args.id)?;
-    println!("{}", serde_json::to_string_pretty(&describe(&handle))?);
+    outln!("{}", serde_json::to_string_pretty(&describe(&handle))?);
     Ok(0)
 }
 

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::cli::Wait;
 use crate::record::Record;
+use crate::report::outln;
 
 pub fn run(args: &Wait) -> Result<i32> {
     let record = Record::of(&args.id)?;
@@ -19,7 +20,7 @@ pub fn run(args: &Wait) -> Result<i32> {
             if let Some(host) = exit.moved_to {
                 bail!("container {} moved to {host}; wait for it there", args.id);
             }
-            println!("{}", exit.status);
+            outln!("{}", exit.status);
             return Ok(exit.status);
         }
         if end.is_some_and(|end| Instant::now() >= end) {
