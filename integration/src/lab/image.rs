@@ -206,7 +206,7 @@ fn build(paths: &Paths, dir: &Path) -> Result<()> {
     let start = Instant::now();
     let mirror = Mirror::find()?;
     eprintln!("lab: building the node image (Debian {SUITE}); this takes a few minutes, once");
-    let _ = fs::remove_dir_all(dir);
+    clear(dir)?;
     fs::create_dir_all(dir)?;
     let sources = dir.join("trixie.sources");
     fs::write(&sources, mirror.sources(SUITE))?;
@@ -320,6 +320,23 @@ fn random_token() -> Result<String> {
     Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
 }
 
+/// Removes a tree a root file system was built in. Refuses when something is
+/// mounted below: an interrupted build could have left the machine's own
+/// `/dev` there.
+fn clear(dir: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
+    let below = format!("{}/", dir.display());
+    if let Some(point) = mounts.lines().filter_map(|l| l.split(' ').nth(4)).find(|p| p.starts_with(&below)) {
+        bail!("{point} is still mounted from an interrupted build; unmount it first");
+    }
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("remove {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Removes earlier results of the same kind: each is a gigabyte or more.
 pub fn drop_older(paths: &Paths, prefix: &str, keep: &Path) {
     let Ok(entries) = fs::read_dir(paths.lab()) else {
@@ -328,7 +345,7 @@ pub fn drop_older(paths: &Paths, prefix: &str, keep: &Path) {
     for entry in entries.filter_map(|e| e.ok()) {
         let name = entry.file_name();
         if name.to_string_lossy().starts_with(prefix) && entry.path() != keep {
-            let _ = fs::remove_dir_all(entry.path());
+            let _ = clear(&entry.path());
         }
     }
 }

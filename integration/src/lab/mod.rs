@@ -91,6 +91,10 @@ impl Lab {
         let paths = Paths::new()?;
         let _lock = lock(&paths)?;
         end_machines(&paths)?;
+        // Unless somebody is booting nodes right now.
+        if let Ok(_cache) = Flock::lock(cache_lock(&paths)?, FlockArg::LockExclusiveNonblock) {
+            snapshot::end_interrupted(&paths)?;
+        }
         if let Ok(dir) = paths.sockets() {
             let _ = fs::remove_dir_all(dir);
         }
@@ -164,12 +168,16 @@ impl Lab {
 /// Image and saved nodes, made when missing.
 pub fn prepare(paths: &Paths) -> Result<(Image, Snapshots)> {
     // One builder at a time, whatever the instance.
-    fs::create_dir_all(paths.lab())?;
-    let file = fs::File::create(paths.lab().join("build.lock"))?;
-    let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e).context("lock the lab's cache")?;
+    let _lock =
+        Flock::lock(cache_lock(paths)?, FlockArg::LockExclusive).map_err(|(_, e)| e).context("lock the lab's cache")?;
     let image = image::ensure(paths)?;
     let snapshots = snapshot::ensure(paths, &image, Accel::Tcg)?;
     Ok((image, snapshots))
+}
+
+fn cache_lock(paths: &Paths) -> Result<fs::File> {
+    fs::create_dir_all(paths.lab())?;
+    fs::File::create(paths.lab().join("build.lock")).context("open the lock of the lab's cache")
 }
 
 fn lock(paths: &Paths) -> Result<Flock<fs::File>> {

@@ -84,11 +84,9 @@ pub fn ensure(paths: &Paths, image: &Image, accel: Accel) -> Result<Snapshots> {
     } else {
         paths.sockets()?
     };
-    let mut machines = Vec::new();
-    let result = boot_all(image, &snapshots, &sockets, &mut machines);
-    for m in &machines {
-        m.process.end(Duration::from_secs(5));
-    }
+    let mut booting = Booting::new(paths)?;
+    let result = boot_all(image, &snapshots, &sockets, &mut booting);
+    booting.end();
     result?;
     fs::write(dir.join("complete"), "")?;
     image::drop_older(paths, "nodes-", &dir);
@@ -96,11 +94,11 @@ pub fn ensure(paths: &Paths, image: &Image, accel: Accel) -> Result<Snapshots> {
     Ok(snapshots)
 }
 
-fn boot_all(image: &Image, snapshots: &Snapshots, sockets: &Path, machines: &mut Vec<Machine>) -> Result<()> {
+fn boot_all(image: &Image, snapshots: &Snapshots, sockets: &Path, booting: &mut Booting) -> Result<()> {
     for spec in in_start_order() {
         let disk = snapshots.disk(spec);
         overlay(&image.disk, "raw", &disk)?;
-        machines.push(qemu::launch(&Launch {
+        booting.add(qemu::launch(&Launch {
             node: spec,
             image,
             accel: snapshots.accel,
@@ -108,11 +106,12 @@ fn boot_all(image: &Image, snapshots: &Snapshots, sockets: &Path, machines: &mut
             incoming: None,
             sockets,
             logs: &snapshots.dir,
-        })?);
+        })?)?;
         if spec.name == HUB {
             qemu::wait_for_links(sockets, Duration::from_secs(30))?;
         }
     }
+    let machines = &booting.machines;
     thread::scope(|s| {
         let handles: Vec<_> = machines.iter().map(|m| s.spawn(|| configure(m, image))).collect();
         handles
@@ -122,7 +121,7 @@ fn boot_all(image: &Image, snapshots: &Snapshots, sockets: &Path, machines: &mut
     })?;
     // All are configured before the first is stopped: a stopped node would
     // hold up the frames of the others.
-    for machine in machines.iter() {
+    for machine in machines {
         let spec = NodeSpec::by_name(&machine.node)?;
         let mut qmp = Qmp::connect(&machine.monitor, Duration::from_secs(10))?;
         qmp.save_state(&snapshots.state(spec), Duration::from_secs(120))
@@ -130,6 +129,45 @@ fn boot_all(image: &Image, snapshots: &Snapshots, sockets: &Path, machines: &mut
         let _ = qmp.command("quit", json!({}));
     }
     Ok(())
+}
+
+/// Machines that boot to be saved, on record, so that those of a boot that was
+/// interrupted are found and ended by the next.
+struct Booting {
+    record: PathBuf,
+    machines: Vec<Machine>,
+}
+
+impl Booting {
+    fn new(paths: &Paths) -> Result<Booting> {
+        let record = paths.lab().join("booting.json");
+        let machines = match fs::read(&record) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_default(),
+            Err(_) => Vec::new(),
+        };
+        let mut booting = Booting { record, machines };
+        booting.end();
+        Ok(booting)
+    }
+
+    fn add(&mut self, machine: Machine) -> Result<()> {
+        self.machines.push(machine);
+        fs::write(&self.record, serde_json::to_vec(&self.machines)?)
+            .with_context(|| format!("write {}", self.record.display()))
+    }
+
+    fn end(&mut self) {
+        for m in self.machines.drain(..) {
+            m.process.end(Duration::from_secs(5));
+        }
+        let _ = fs::remove_file(&self.record);
+    }
+}
+
+/// Ends what an interrupted first boot left running. The caller holds the
+/// lock of the lab's cache.
+pub fn end_interrupted(paths: &Paths) -> Result<()> {
+    Booting::new(paths).map(|_| ())
 }
 
 /// The hub first: the others connect to it.
