@@ -3,13 +3,14 @@
 //! Runs in process for `migrrdma checkpoint` and for a migration alike; the
 //! [`Gate`] is where the latter holds CRIU and decides.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use checkpoint::criu::rpc::{Criu_opts, Criu_page_server_info};
-use checkpoint::criu::{CriuError, Notify, Verdict, Version};
+use checkpoint::criu::{Criu, CriuError, Notify, Verdict, Version};
 use libcontainer::container::ContainerStatus;
 use libcontainer::oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
@@ -36,9 +37,6 @@ pub struct DumpOptions {
     /// Memory pages only; the container goes on.
     pub pre_dump: bool,
     pub leave_running: bool,
-    /// CRIU's version and the kernel's abilities are known to suffice: saves
-    /// two runs of criu inside a migration's pause.
-    pub checked: bool,
     /// Remove the container's state afterwards (never with `leave_running` or `pre_dump`).
     pub remove: bool,
     pub tcp_skip_in_flight: bool,
@@ -55,7 +53,6 @@ impl DumpOptions {
             parent_path: None,
             pre_dump: false,
             leave_running: false,
-            checked: false,
             remove: true,
             tcp_skip_in_flight: false,
             link_remap: false,
@@ -111,6 +108,24 @@ impl ImageFacts {
     }
 }
 
+/// Programs [`require_criu`] has found good. A run of criu costs tens of
+/// milliseconds, which a migration must not spend inside its pause.
+static GOOD_CRIU: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+/// Refuses a CRIU that is missing or too old. Asked once in a process' life.
+pub fn require_criu(program: &Path) -> Result<()> {
+    let mut good = GOOD_CRIU.lock().unwrap_or_else(PoisonError::into_inner);
+    if good.contains(program) {
+        return Ok(());
+    }
+    let version = Criu::new(program).version()?;
+    if version < OLDEST {
+        bail!("CRIU {version} is too old, {OLDEST} or newer is needed");
+    }
+    good.insert(program.to_owned());
+    Ok(())
+}
+
 /// Dumps `handle`'s container. On `Err` it is as it was: running, or paused.
 pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate) -> Result<DumpReport> {
     let status = handle.status();
@@ -123,16 +138,8 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
     let pid = handle.init_pid().context(store::NOT_RUNNING)?;
     let common = &options.common;
     check_parent(options)?;
-    if !options.checked {
-        let version = common.driver(false, LOG).version()?;
-        if version < OLDEST {
-            bail!("CRIU {version} is too old, {OLDEST} or newer is needed");
-        }
-    }
-    if !options.checked
-        && (options.pre_dump || options.parent_path.is_some())
-        && !common.driver(false, LOG).features()?.mem_track
-    {
+    require_criu(&common.criu)?;
+    if (options.pre_dump || options.parent_path.is_some()) && !common.driver(false, LOG).features()?.mem_track {
         bail!("this kernel or CRIU cannot track memory changes; checkpoint without --pre-dump and --parent-path");
     }
     let spec = handle.spec()?;
