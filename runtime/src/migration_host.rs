@@ -192,7 +192,7 @@ impl Restored {
         }
     }
 
-    fn try_abandon(mut self: Box<Self>) -> Result<()> {
+    fn try_abandon(mut self) -> Result<()> {
         self.starter.answer(&Answer::Refuse { why: "the migration was not committed".into() })?;
         match self.starter.next(MONITOR)? {
             Event::Failed { .. } => Ok(()),
@@ -240,7 +240,8 @@ impl Host for MigrationHost {
     }
 
     fn container(&self, id: &str) -> host::Result<Container> {
-        self.look(id).map_err(told)
+        // Found out now: the dump itself runs inside the pause.
+        dump::require_criu(&self.criu).and_then(|()| self.look(id)).map_err(told)
     }
 
     fn freeze(&self, container: &Container) -> host::Result<()> {
@@ -264,6 +265,9 @@ impl Host for MigrationHost {
 
     fn examine(&self, id: &str, bundle: &Path) -> Vec<String> {
         let mut problems = Vec::new();
+        if let Err(err) = dump::require_criu(&self.criu) {
+            problems.push(format!("{err:#}"));
+        }
         if !is_plain_name(id) {
             problems.push(format!("{id:?} is no container id"));
         } else if self.root.join(id).exists() {

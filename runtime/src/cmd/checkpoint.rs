@@ -19,7 +19,6 @@ pub fn run(args: Checkpoint, global: &Global) -> Result<i32> {
         pre_dump: args.pre_dump,
         leave_running: args.leave_running,
         remove: true,
-        checked: false,
         tcp_skip_in_flight: args.tcp_skip_in_flight,
         link_remap: args.link_remap,
         status_fd: args.status_fd,
