@@ -73,10 +73,13 @@ impl Restore {
     /// CRIU does not stop when this hook fails but opens the path itself. So a failure hands it a file that cannot be
     /// mapped, and the restore ends there.
     pub fn map(&self, path: &str, addr: u64, old_offset: u64) -> Result<Place, Stop> {
-        if !path.contains("/infiniband/uverbs") {
+        let vpid = nix::unistd::getpid().as_raw();
+        // A device that was handed over by an incubator once has no path in the container: the image names it
+        // `file[MOUNT:INODE]`, and what is mapped there says whose it is.
+        let ours = path.contains("/infiniband/uverbs") || (path.starts_with("file[") && self.queue(vpid, addr).is_some());
+        if !ours {
             return Err(Stop::NotOurs);
         }
-        let vpid = nix::unistd::getpid().as_raw();
         let result = match self.image.hand_over {
             HandOver::Adopt => {
                 self.ask(Want::Map { vpid, addr, offset: old_offset }).map(|(fd, offset)| Place { fd, offset })
@@ -90,21 +93,23 @@ impl Restore {
         })
     }
 
+    /// Length of the queue that this process has at this address.
+    fn queue(&self, vpid: i32, addr: u64) -> Option<u64> {
+        let contexts = self.image.processes.iter().filter(|p| p.state.vpid.0 == vpid).flat_map(|p| &p.state.contexts);
+        let mut maps = contexts.flat_map(|context| {
+            let cqs = context.cqs.iter().map(|cq| cq.map);
+            let srqs = context.srqs.iter().map(|srq| srq.map);
+            let qps = context.qps.iter().flat_map(|qp| [qp.sq_map, qp.rq_map]);
+            cqs.chain(srqs).chain(qps).flatten()
+        });
+        maps.find(|map| map.addr == addr).map(|map| map.len)
+    }
+
     /// Memory as long as the queue was.
     fn placeholder(&self, vpid: i32, addr: u64) -> Result<Place, String> {
-        let contexts = self.image.processes.iter().filter(|p| p.state.vpid.0 == vpid).flat_map(|p| &p.state.contexts);
-        let len = contexts
-            .flat_map(|context| {
-                let cqs = context.cqs.iter().map(|cq| cq.map);
-                let srqs = context.srqs.iter().map(|srq| srq.map);
-                let qps = context.qps.iter().flat_map(|qp| [qp.sq_map, qp.rq_map]);
-                cqs.chain(srqs).chain(qps).flatten()
-            })
-            .find(|map| map.addr == addr)
-            .map(|map| map.len)
-            .ok_or_else(|| {
-                format!("process {vpid} maps an RDMA device at {addr:#x}, which is no queue its shim reported")
-            })?;
+        let len = self.queue(vpid, addr).ok_or_else(|| {
+            format!("process {vpid} maps an RDMA device at {addr:#x}, which is no queue its shim reported")
+        })?;
         let memory = memfd_create(c"migrrdma-queue", MFdFlags::MFD_CLOEXEC)
             .and_then(|fd| nix::unistd::ftruncate(&fd, len as i64).map(|()| fd))
             .map_err(|e| format!("cannot make a placeholder of {len} bytes for the queue at {addr:#x}: {e}"))?;
