@@ -11,8 +11,11 @@ use crate::qp::ShadowQp;
 use crate::registry;
 use crate::tables::RemoteKeys;
 
+/// The QP an agent means: of several devices' QPs with the same number, the one that is connected.
 fn find(vqpn: VQpn) -> Option<Arc<ShadowQp>> {
-    registry::qps_by_vqpn(vqpn).into_iter().find(|q| !q.is_dead())
+    let mut alive: Vec<_> = registry::qps_by_vqpn(vqpn).into_iter().filter(|q| !q.is_dead()).collect();
+    alive.sort_by_key(|q| q.attr().remote.is_none());
+    alive.into_iter().next()
 }
 
 /// Makes second QPs. A QP that is gone has no answer: its remote end will see what it sees when a peer dies.
@@ -32,15 +35,25 @@ pub fn prepare(migration: &mut Migration, qps: &[VQpn]) -> Result<Reply, Refused
     Ok(Reply::Prepared { qps: made })
 }
 
-/// Connects second QPs.
-pub fn connect(migration: &Migration, links: &[Connect]) -> Result<Reply, Refused> {
+/// Connects second QPs. A link that is up already stays so; to connect one elsewhere it has to be made anew (abort and
+/// prepare), because the other end's numbers are new then too.
+pub fn connect(migration: &mut Migration, links: &[Connect]) -> Result<Reply, Refused> {
     let _alone = alone()?;
     for link in links {
         let Some(qp) = migration.seconds.iter().find(|q| q.vqpn() == link.vqpn && !q.is_dead()) else { continue };
+        match migration.connected.iter().find(|c| c.vqpn == link.vqpn) {
+            Some(known) if known == link => continue,
+            Some(known) => {
+                let (name, to) = (link.vqpn.0, known.remote_qpn.0);
+                return Err(Refused::new(format!("the second QP of qp {name} is connected to qp {to} already")));
+            }
+            None => {}
+        }
         qp.connect_second(link.remote_gid, link.remote_qpn, link.sq_psn, link.rq_psn).map_err(|e| {
             let (to, gid) = (link.remote_qpn.0, link.remote_gid);
             Refused::new(format!("the second QP of qp {} cannot be connected to qp {to} on {gid}: {e}", link.vqpn.0))
         })?;
+        migration.connected.push(*link);
     }
     Ok(Reply::Done)
 }

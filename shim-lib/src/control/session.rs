@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::MigrationId;
-use rdma_virt::msg::{FromShim, KeyTable, Reply, Request, Scope, ToShim};
+use rdma_virt::msg::{Connect, FromShim, KeyTable, Reply, Request, Scope, ToShim};
 
 use super::drain::Drained;
 use super::freeze::{Epoch, Frozen};
 use super::wire::{Conn, WireError};
-use super::{adopt, drain, freeze, peer, report, resume, suspend};
+use super::{adopt, drain, freeze, note, peer, report, resume, suspend};
 use crate::gate;
 use crate::qp::ShadowQp;
 
@@ -69,6 +69,10 @@ pub fn alone() -> Result<Alone, Refused> {
     Ok(Alone { thaw: true })
 }
 
+/// How long a peer stays suspended without a word from its agent. Agents give up long before; this is for a host whose
+/// agent never comes back. The connections then go the way of a dead remote host's.
+const PARKED: Duration = Duration::from_secs(15 * 60);
+
 /// A migration under way.
 pub struct Migration {
     pub id: MigrationId,
@@ -76,6 +80,10 @@ pub struct Migration {
     pub qps: Vec<Arc<ShadowQp>>,
     /// Those that have a second QP.
     pub seconds: Vec<Arc<ShadowQp>>,
+    /// What second QPs were connected to.
+    pub connected: Vec<Connect>,
+    /// When the agent last said something about it.
+    heard: Instant,
     /// It is this process that moves: all its control verbs wait.
     pub moving: bool,
     pub drained: bool,
@@ -92,6 +100,8 @@ impl Migration {
             id,
             qps: Vec::new(),
             seconds: Vec::new(),
+            connected: Vec::new(),
+            heard: Instant::now(),
             moving: false,
             drained: false,
             frozen: None,
@@ -120,6 +130,13 @@ impl Session {
     /// Work that goes on between requests. How long to wait for the next one.
     pub fn tick(&mut self) -> Duration {
         self.flushing = resume::flush(std::mem::take(&mut self.flushing));
+        // Not the moving process: whether it may run again is not for it to decide.
+        if self.current.as_ref().is_some_and(|m| !m.moving && !m.committed() && m.heard.elapsed() > PARKED) {
+            note(|| format!("no word of the migration under way for {PARKED:?}: it is given up"));
+            if let Err(refused) = self.abort() {
+                note(|| refused.to_string());
+            }
+        }
         if self.current.is_none() {
             self.markers.revoke_expired(Instant::now());
         }
