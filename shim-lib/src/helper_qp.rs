@@ -4,6 +4,7 @@
 
 use std::mem::zeroed;
 use std::ptr::null_mut;
+use std::time::Duration;
 
 use rdma_virt::id::PQpn;
 
@@ -11,6 +12,7 @@ use crate::abi::{ibv_qp_attr, ibv_qp_cap, ibv_qp_init_attr, ibv_recv_wr, qp_mask
 use crate::cq::ShadowCq;
 use crate::errno::Errno;
 use crate::pd::ShadowPd;
+use crate::provider;
 use crate::real::verbs;
 use crate::registry;
 
@@ -37,10 +39,28 @@ pub(crate) fn raise_event(cq: &ShadowCq) -> Result<(), Errno> {
             return Err(Errno::last());
         }
         cq.ctx().qpns.insert_helper(PQpn((*qp).qp_num));
-        let raised = fire(cq, qp);
+        let raised = fire(cq, qp).and_then(|()| await_flush(cq));
         let _ = verbs::destroy_qp(qp);
         raised
     }
+}
+
+/// The NIC flushes in its own time, and a QP destroyed before that flushes nothing. The caller keeps the application
+/// from polling meanwhile.
+fn await_flush(cq: &ShadowCq) -> Result<(), Errno> {
+    const STEP: Duration = Duration::from_micros(200);
+    let Some(map) = cq.map().filter(|_| cq.ctx().driver() == "rxe") else {
+        // Nowhere to look: long enough for any NIC.
+        std::thread::sleep(STEP * 100);
+        return Ok(());
+    };
+    for _ in 0..10_000 {
+        if !provider::rxe::ring_is_empty(&map) {
+            return Ok(());
+        }
+        std::thread::sleep(STEP);
+    }
+    Err(Errno(libc::ETIMEDOUT))
 }
 
 /// # Safety

@@ -49,7 +49,7 @@ pub fn adopt(migration: &mut Migration, state: &AdoptedProcess) -> Result<KeyTab
         receive(ctx)?;
     }
     for (ctx, _) in &pairs {
-        arm(ctx)?;
+        arm(ctx, &frozen.unread)?;
     }
     let keys =
         KeyTable(contexts.iter().flat_map(|c| c.mrs()).filter(|m| !m.is_dead()).filter_map(|m| key(&m)).collect());
@@ -115,18 +115,20 @@ fn receive(ctx: &ShadowContext) -> Result<(), Refused> {
 }
 
 /// CQs are polled and armed again. One that was armed owes an event for what a drain took out of it: the event of the
-/// old kernel object, if it was raised at all, stayed behind.
-fn arm(ctx: &ShadowContext) -> Result<(), Refused> {
+/// old kernel object, if it was raised at all, stayed behind. So does one whose channel had an event that nobody had
+/// read: it may have been this CQ's. (An event too many is legal, one too few is not.)
+fn arm(ctx: &ShadowContext, unread: &[ObjId]) -> Result<(), Refused> {
     for cq in ctx.cqs().iter().filter(|o| !o.is_dead()) {
-        cq.set_frozen(false);
         if cq.armed().is_none() {
             continue;
         }
         cq.rearm().map_err(|e| Refused::new(format!("CQ {} cannot be armed again: {e}", cq.id.0)))?;
-        if cq.fake_len() > 0 {
+        let lost = cq.channel().is_some_and(|c| unread.contains(&c.id));
+        if lost || cq.fake_len() > 0 {
             cq.raise_event()
                 .map_err(|e| Refused::new(format!("CQ {} cannot raise the event it owes: {e}", cq.id.0)))?;
         }
     }
+    ctx.cqs().iter().filter(|o| !o.is_dead()).for_each(|cq| cq.set_frozen(false));
     Ok(())
 }

@@ -4,7 +4,9 @@
 //! What ends it is the epoch file: its content changes when the agent wants to be connected to, on the source after a
 //! rollback, on the destination after the restore. Watching it must hold no fd either (a dump would write it down), so
 //! it is looked at by `stat`, and read only when something about it is new.
+#![expect(unsafe_code, reason = "asks a channel's fd whether an event is waiting")]
 
+use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
@@ -29,6 +31,8 @@ const PATIENCE: u32 = 120_000;
 pub struct Frozen {
     /// What the application was told about each device.
     pub views: Vec<(ObjId, View)>,
+    /// Channels with an event that the application has not read: it stays behind with the old kernel object.
+    pub unread: Vec<ObjId>,
 }
 
 /// The epoch file at one moment.
@@ -65,6 +69,12 @@ impl Epoch {
     }
 }
 
+fn is_readable(fd: RawFd) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd of ours; asks without waiting.
+    unsafe { libc::poll(&mut poll, 1, 0) > 0 && poll.revents & libc::POLLIN != 0 }
+}
+
 /// See [`rdma_virt::msg::Request::Freeze`].
 pub fn freeze(migration: &mut Migration) -> Result<Reply, Refused> {
     if !migration.moving {
@@ -85,7 +95,9 @@ pub fn freeze(migration: &mut Migration) -> Result<Reply, Refused> {
             cqs.iter().filter(|c| !c.is_dead()).for_each(|c| c.set_frozen(true));
             ctx.srqs().iter().filter(|s| !s.is_dead()).for_each(|s| s.close());
         }
-        migration.frozen = Some(Frozen { views });
+        let channels = registry::contexts().into_iter().filter(|c| !c.is_dead()).flat_map(|c| c.channels());
+        let unread = channels.filter(|c| !c.is_dead() && is_readable(c.fd())).map(|c| c.id).collect();
+        migration.frozen = Some(Frozen { views, unread });
     }
     Ok(Reply::State(Box::new(report::process()?)))
 }
