@@ -6,6 +6,10 @@ use std::process::Command;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-env-changed=RUSTC_LINKER");
+    if std::env::var("RUSTC_LINKER").is_ok_and(|linker| linker.contains("zig")) {
+        return;
+    }
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".to_owned());
     let found = Command::new(compiler).arg("-print-file-name=libgcc_eh.a").output();
     let path = found.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default();

@@ -14,6 +14,9 @@ const GID_INDEX: &str = "1";
 const FOLDER: &str = "/srv/shim-tests";
 const SHIM: &str = "/srv/shim-tests/libmigrrdma.so";
 
+/// How often a module of the pyverbs suite is tried.
+const CHANCES: u32 = 4;
+
 /// The folder of this build (`target/debug` or the like).
 fn build() -> Result<PathBuf> {
     let exe = std::env::current_exe()?;
@@ -155,9 +158,17 @@ fn the_pyverbs_suite_passes_and_skips_the_same_tests() -> Result<()> {
                 "cd {FOLDER}; {preload} timeout 280 python3 tests/run_tests.py -v --dev rxe0 --port 1 --gid 1 \
                  -k 'tests.{module}.*' 2>&1; echo \"status $?\""
             );
-            let text = on_node(&script, 300)?;
+            // On a loaded machine Soft-RoCE loses a completion now and then where a queue is resized (`test_resize_cq`,
+            // half of the runs without the shim): such a module gets more chances, with and without alike.
+            let mut text = String::new();
+            for _ in 0..CHANCES {
+                text = on_node(&script, 300)?;
+                if text.trim_end().ends_with("status 0") {
+                    break;
+                }
+            }
             if !text.trim_end().ends_with("status 0") {
-                bail!("{module} ({preload}):\n{text}");
+                bail!("{module} ({preload}), {CHANCES} times:\n{text}");
             }
             all.extend(verdicts(&text));
         }
