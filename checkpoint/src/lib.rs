@@ -1,13 +1,23 @@
-//! Under construction.
+//! Checkpointing and moving containers that use RDMA: the migration engine and everything it stands on.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`agent`] | one process per host, the only one that speaks to other hosts |
+//! | [`engine`] | the phases of a migration, from both ends |
+//! | [`net`], [`pki`] | agents reach each other under mutual TLS |
+//! | [`record`], [`moved`] | what must survive the agent |
+//! | [`phase`], [`timeline`] | names and times of the phases |
+//! | [`criu`] | driving stock CRIU |
+//! | [`image`], [`incubator`], [`uverbs`] | RDMA objects on disk, and made anew in the kernel |
 pub mod agent;
 pub mod criu;
+pub mod engine;
 pub mod image;
 pub mod incubator;
+pub mod moved;
 pub mod net;
 pub mod phase;
 pub mod pki;
+pub mod record;
 pub mod timeline;
 pub mod uverbs;
-pub mod engine;
-pub mod moved;
-pub mod record;

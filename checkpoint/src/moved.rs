@@ -76,7 +76,8 @@ impl Moved {
     pub fn open(state_dir: &Path) -> Result<Self, RecordError> {
         let dir = state_dir.join("moved");
         make_dir(&dir)?;
-        let mut tables = Tables { counter: read_json(&dir.join("counter.json"))?.unwrap_or_default(), ..Tables::default() };
+        let mut tables =
+            Tables { counter: read_json(&dir.join("counter.json"))?.unwrap_or_default(), ..Tables::default() };
         let wrap = |source| RecordError::Read { path: dir.clone(), source };
         for entry in fs::read_dir(&dir).map_err(wrap)? {
             let path = entry.map_err(wrap)?.path();
@@ -134,9 +135,8 @@ impl Moved {
             write_json(&self.dir.join(format!("{container}.guest.json")), &guest)?;
             return Ok(VQpn(number));
         }
-        let shown = |p: &MovedProcess| {
-            p.vgids.iter().any(|g| here.contains(g)) && p.qps.iter().any(|(v, _, _)| v.0 == pqpn.0)
-        };
+        let shown =
+            |p: &MovedProcess| p.vgids.iter().any(|g| here.contains(g)) && p.qps.iter().any(|(v, _, _)| v.0 == pqpn.0);
         if !t.moved.values().flatten().any(shown) {
             return Ok(VQpn(pqpn.0));
         }

@@ -22,7 +22,7 @@ use crate::inject::{self, HostPaths};
 use crate::monitor::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::record::Record;
 use crate::store::{self, ContainerHandle};
-use crate::{cgroup, destroy};
+use crate::{cgroup, destroy, keeper};
 
 /// Time for the incubator to start.
 const INCUBATOR: Duration = Duration::from_secs(30);
@@ -252,6 +252,12 @@ impl Host for MigrationHost {
     fn thaw(&self, container: &Container) -> host::Result<()> {
         let thaw = || ContainerHandle::load(&self.root, &container.id)?.cgroup()?.thaw();
         thaw().map_err(told)
+    }
+
+    fn lost(&self, container: &Container) -> host::Result<Vec<String>> {
+        let lost = || keeper::outsiders(&ContainerHandle::load(&self.root, &container.id)?);
+        let list = lost().map_err(told)?;
+        Ok(list.into_iter().map(|(pid, name)| format!("{name} (pid {pid} on the host)")).collect())
     }
 
     fn dump(

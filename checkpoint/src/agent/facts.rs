@@ -21,7 +21,9 @@ pub fn devices() -> Vec<DeviceFacts> {
             gids: d
                 .ports
                 .iter()
-                .flat_map(|p| p.gids.iter().map(|g| GidFacts { port: p.number, index: g.index, gid: g.gid, kind: g.kind }))
+                .flat_map(|p| {
+                    p.gids.iter().map(|g| GidFacts { port: p.number, index: g.index, gid: g.gid, kind: g.kind })
+                })
                 .collect(),
             name: d.name,
             driver: d.driver,

@@ -188,9 +188,11 @@ impl Agent {
     ) -> Result<Answer, CallError> {
         if at == LOCAL {
             let name = order.name();
-            return self
-                .obey(None, migration, order)
-                .map_err(|refusal| CallError::Refused { at: "this host".into(), order: name, refusal });
+            return self.obey(None, migration, order).map_err(|refusal| CallError::Refused {
+                at: "this host".into(),
+                order: name,
+                refusal,
+            });
         }
         self.client.call(at, migration, order, deadline)
     }

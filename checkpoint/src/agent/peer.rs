@@ -112,8 +112,7 @@ impl Agent {
     /// The container that just arrived here is still held by its migration.
     pub fn take_over(&self, migration: MigrationId, container: &str, source: &str) {
         let now = Instant::now();
-        lock(&self.claims)
-            .insert(container.into(), Claim { migration, source: source.into(), heard: now, since: now });
+        lock(&self.claims).insert(container.into(), Claim { migration, source: source.into(), heard: now, since: now });
     }
 
     /// Forgets the migration without a word to shims.

@@ -22,15 +22,13 @@ pub struct Process {
     pub verbs: bool,
     /// Holds an rdma_cm file.
     pub cm: bool,
-    /// Its ancestors lead to the container's init; a process started by `exec` has its parent outside.
-    pub descends: bool,
 }
 
 /// All processes in `cgroup` (v2 directory) and below, except those that ended meanwhile.
-pub fn of_cgroup(cgroup: &Path, init: i32) -> std::io::Result<Vec<Process>> {
+pub fn of_cgroup(cgroup: &Path) -> std::io::Result<Vec<Process>> {
     let mut pids = BTreeSet::new();
     collect(cgroup, &mut pids, 0)?;
-    Ok(pids.into_iter().filter_map(|pid| look(pid, init)).collect())
+    Ok(pids.into_iter().filter_map(look).collect())
 }
 
 /// Number of `comm` and pid for messages: `ib_write_bw (pid 7)`.
@@ -59,7 +57,7 @@ fn collect(dir: &Path, pids: &mut BTreeSet<i32>, depth: u32) -> std::io::Result<
     Ok(())
 }
 
-fn look(pid: i32, init: i32) -> Option<Process> {
+fn look(pid: i32) -> Option<Process> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     if field(&status, "State").is_some_and(|s| s.starts_with('Z')) {
         return None;
@@ -81,23 +79,7 @@ fn look(pid: i32, init: i32) -> Option<Process> {
         comm: field(&status, "Name").unwrap_or("?").to_owned(),
         verbs,
         cm,
-        descends: descends(pid, init),
     })
-}
-
-/// Follows parents up to `init`.
-fn descends(mut pid: i32, init: i32) -> bool {
-    for _ in 0..4096 {
-        if pid == init {
-            return true;
-        }
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        match field(&status, "PPid").and_then(|p| p.parse().ok()) {
-            Some(parent) if parent > 0 => pid = parent,
-            _ => return false,
-        }
-    }
-    false
 }
 
 /// The pid a process has in its own namespace.
@@ -129,11 +111,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_is_seen_with_its_name_and_as_its_own_descendant() {
+    fn this_process_is_seen_with_its_name_and_without_devices() {
         let pid = std::process::id() as i32;
-        let me = look(pid, pid).unwrap();
-        assert!(me.descends && !me.verbs && !me.cm);
+        let me = look(pid).unwrap();
+        assert!(!me.comm.is_empty() && !me.verbs && !me.cm);
         assert_eq!(vpid_of(pid), Some(me.vpid));
-        assert!(!look(pid, -1).unwrap().descends);
     }
 }

@@ -177,14 +177,7 @@ pub struct Shims {
 impl Shims {
     /// Takes a control connection over and serves it until it ends, in the calling thread. A second connection of the
     /// same process replaces the first.
-    pub fn serve(
-        &self,
-        container: &str,
-        vpid: Vpid,
-        comm: &str,
-        pid: i32,
-        stream: UnixStream,
-    ) -> std::io::Result<()> {
+    pub fn serve(&self, container: &str, vpid: Vpid, comm: &str, pid: i32, stream: UnixStream) -> std::io::Result<()> {
         let reader = stream.try_clone()?;
         reader.set_read_timeout(None)?;
         stream.set_write_timeout(Some(WRITE))?;
@@ -237,8 +230,7 @@ impl Shims {
         let mut all = lock(&self.all);
         loop {
             let of = all.get(container);
-            let missing: Vec<Vpid> =
-                vpids.iter().copied().filter(|v| of.and_then(|of| of.get(v)).is_none()).collect();
+            let missing: Vec<Vpid> = vpids.iter().copied().filter(|v| of.and_then(|of| of.get(v)).is_none()).collect();
             if missing.is_empty() {
                 let of = of.cloned().unwrap_or_default();
                 return Ok(vpids.iter().filter_map(|v| of.get(v).cloned()).collect());

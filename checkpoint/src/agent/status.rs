@@ -126,7 +126,7 @@ impl Agent {
         });
         list.into_iter()
             .map(|c| {
-                let seen = procs::of_cgroup(&c.cgroup, c.init).unwrap_or_default();
+                let seen = procs::of_cgroup(&c.cgroup).unwrap_or_default();
                 let state = |vpid: Vpid| reports.iter().find(|(id, s)| *id == c.id && s.vpid == vpid).map(|(_, s)| s);
                 let processes = seen
                     .iter()

@@ -34,7 +34,8 @@ pub fn problems(agent: &Agent, offer: &Offer) -> Vec<String> {
 
 fn missing_flags(theirs: &[String], ours: &[String]) -> Option<String> {
     let missing: Vec<&str> = theirs.iter().filter(|f| !ours.contains(f)).map(String::as_str).collect();
-    (!missing.is_empty()).then(|| format!("the processor here lacks {}, which programs may be using", missing.join(" ")))
+    (!missing.is_empty())
+        .then(|| format!("the processor here lacks {}, which programs may be using", missing.join(" ")))
 }
 
 fn devices(processes: &[OfferedProcess], ours: &[DeviceFacts]) -> Vec<String> {

@@ -27,7 +27,8 @@ pub fn build_id(path: &Path) -> io::Result<String> {
     }
     for i in 0..count {
         let mut header = [0; 56];
-        let at = i.checked_mul(size).and_then(|n| offset.checked_add(n)).ok_or_else(|| bad("program headers nowhere"))?;
+        let at =
+            i.checked_mul(size).and_then(|n| offset.checked_add(n)).ok_or_else(|| bad("program headers nowhere"))?;
         file.read_exact_at(&mut header, at)?;
         if u32_at(&header, 0) != PT_NOTE {
             continue;
@@ -78,7 +79,8 @@ mod tests {
     #[test]
     fn the_system_libc_has_a_build_id() {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let libc = maps.lines().filter_map(|l| l.find('/').map(|at| &l[at..])).find(|p| p.contains("/libc.so")).unwrap();
+        let libc =
+            maps.lines().filter_map(|l| l.find('/').map(|at| &l[at..])).find(|p| p.contains("/libc.so")).unwrap();
         assert_eq!(build_id(Path::new(libc)).unwrap().len(), 40);
     }
 

@@ -48,8 +48,8 @@ impl Run<'_> {
     /// The point of no return: a record on disk. Then the tasks here end, and the destination lets its own run.
     pub(super) fn commit(&mut self) -> Result<(), Stop> {
         let forward = Forward { plan: self.plan.clone(), states: self.states.clone(), lease: self.lease };
-        self.record.plan = serde_json::to_value(forward)
-            .map_err(|e| Stop::Failed(format!("the plan cannot be written down: {e}")))?;
+        self.record.plan =
+            serde_json::to_value(forward).map_err(|e| Stop::Failed(format!("the plan cannot be written down: {e}")))?;
         self.record.peers = self.plan.peer_containers();
         self.record.state = State::Committed;
         self.cancel.seal().map_err(Stop::Failed)?;

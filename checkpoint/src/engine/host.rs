@@ -115,6 +115,8 @@ pub trait Host: Send + Sync + 'static {
     /// The container's cgroup stands still on return, or let go again.
     fn freeze(&self, container: &Container) -> Result<()>;
     fn thaw(&self, container: &Container) -> Result<()>;
+    /// Processes of the container that a dump would not take along, in words; running or frozen, they would be lost.
+    fn lost(&self, container: &Container) -> Result<Vec<String>>;
     /// Dumps with CRIU. `gate` is called once, when the image is complete and the tasks still exist: `Ok` lets CRIU
     /// kill them, an error makes them go on (frozen as they were). Returns when CRIU has ended.
     fn dump(

@@ -65,6 +65,7 @@ impl Run<'_> {
         let processes = self.list_processes()?;
         let shims = self.world.shims(&self.request.container);
         let mut reasons = speak_against(&processes, &shims.iter().map(|s| s.vpid.0).collect::<Vec<_>>());
+        reasons.extend(self.lost()?);
         self.pids = shims.iter().map(|s| (s.vpid, s.pid)).collect();
         let (states, silent) = self.reports(shims.iter().map(|s| s.vpid).collect());
         reasons.extend(silent);
@@ -89,6 +90,14 @@ impl Run<'_> {
             }
         }
         (states, silent)
+    }
+
+    /// Processes that CRIU would not see.
+    pub(super) fn lost(&self) -> Result<Vec<String>, Stop> {
+        let lost = self.world.host().lost(self.container()?).map_err(|e| Stop::Failed(e.to_string()))?;
+        let sentence =
+            |who: &String| format!("{who} is not below the container's init and would be lost; end it first");
+        Ok(lost.iter().map(sentence).collect())
     }
 
     pub(super) fn list_processes(&self) -> Result<Vec<Process>, Stop> {
@@ -208,11 +217,6 @@ impl Run<'_> {
 pub(super) fn speak_against(processes: &[Process], shims: &[i32]) -> Vec<String> {
     let mut reasons = Vec::new();
     for p in processes {
-        if !p.descends {
-            reasons.push(format!(
-                "{p} was started by exec: it is not a child of the container's init and would be lost; end it first"
-            ));
-        }
         if p.verbs && !shims.contains(&p.vpid.0) {
             reasons.push(format!(
                 "{p} uses RDMA without the shim (static or musl program, or started before the agent's directory was \
@@ -261,4 +265,3 @@ fn resident(processes: &[Process]) -> u64 {
     };
     processes.iter().map(one).sum()
 }
-

@@ -75,9 +75,9 @@ pub struct Plan {
 
 fn qps(states: &[ProcessState]) -> impl Iterator<Item = (QpKey, &QpState)> {
     states.iter().flat_map(|s| {
-        s.contexts.iter().flat_map(move |c| {
-            c.qps.iter().map(move |q| (QpKey { vpid: s.vpid, context: c.id, qp: q.id }, q))
-        })
+        s.contexts
+            .iter()
+            .flat_map(move |c| c.qps.iter().map(move |q| (QpKey { vpid: s.vpid, context: c.id, qp: q.id }, q)))
     })
 }
 
@@ -219,11 +219,13 @@ impl Plan {
             .map(|l| {
                 let (pgid, pqpn) = match &l.far {
                     Far::Inside(other) => {
-                        let b = self.born(*other).ok_or_else(|| format!("the destination made no {}", l.remote.vqpn))?;
+                        let b =
+                            self.born(*other).ok_or_else(|| format!("the destination made no {}", l.remote.vqpn))?;
                         (b.pgid, b.pqpn)
                     }
                     Far::Peer(peer) => {
-                        let second = l.second.ok_or_else(|| format!("{peer} made no second QP for {}", l.remote.vqpn))?;
+                        let second =
+                            l.second.ok_or_else(|| format!("{peer} made no second QP for {}", l.remote.vqpn))?;
                         (l.remote.pgid, second)
                     }
                     Far::AsItWas => (l.remote.pgid, l.remote.pqpn),

@@ -83,7 +83,9 @@ impl Run<'_> {
             match reply {
                 Reply::Drained => {}
                 Reply::Stuck { qps } => {
-                    stuck.extend(qps.iter().map(|q| format!("{side}: {}{}: {}", q.vqpn, self.far_of(&side, q.vqpn), q.why)));
+                    stuck.extend(
+                        qps.iter().map(|q| format!("{side}: {}{}: {}", q.vqpn, self.far_of(&side, q.vqpn), q.why)),
+                    );
                 }
                 _ => return Err(confused(side, "drain")),
             }
@@ -106,8 +108,7 @@ impl Run<'_> {
     /// of the container's own network passes any more.
     pub(super) fn freeze(&mut self) -> Result<(), Stop> {
         let container = self.container()?.clone();
-        let asks: Vec<(Side, Request)> =
-            self.states.iter().map(|s| (Side::Own(s.vpid), Request::Freeze)).collect();
+        let asks: Vec<(Side, Request)> = self.states.iter().map(|s| (Side::Own(s.vpid), Request::Freeze)).collect();
         let replies = self.ask_all(asks, self.answer_time());
         // Also those whose answer did not reach us may have frozen: told again, they do not mind.
         self.effects.frozen = self.states.iter().map(|s| s.vpid).collect();
@@ -136,7 +137,8 @@ impl Run<'_> {
         self.effects.cgroup = true;
         self.world.host().freeze(&container).map_err(|e| Stop::Failed(format!("freezing the container: {e}")))?;
         let known: Vec<i32> = self.states.iter().map(|s| s.vpid.0).collect();
-        let against = speak_against(&self.list_processes()?, &known);
+        let mut against = speak_against(&self.list_processes()?, &known);
+        against.extend(self.lost()?);
         if !against.is_empty() {
             return Err(Stop::Failed(against.join("; ")));
         }
@@ -152,4 +154,3 @@ impl Run<'_> {
 
 /// Final counts of both kinds of shims.
 pub(super) type Counts = (BTreeMap<Vpid, Vec<Count>>, BTreeMap<PeerProcess, Vec<Count>>);
-

@@ -40,7 +40,10 @@ pub enum Stop {
     /// It cannot be done; nothing was changed.
     Refused(Vec<String>),
     /// Another migration has a container that is needed.
-    Busy { by: MigrationId, text: String },
+    Busy {
+        by: MigrationId,
+        text: String,
+    },
     Failed(String),
 }
 
@@ -422,7 +425,8 @@ impl<'a> Run<'a> {
         } else {
             thread::scope(|scope| {
                 let running: Vec<_> = items.iter().map(|item| scope.spawn(|| f(item))).collect();
-                let join = |t: thread::ScopedJoinHandle<'_, R>| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
+                let join =
+                    |t: thread::ScopedJoinHandle<'_, R>| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
                 running.into_iter().map(join).collect()
             })
         };

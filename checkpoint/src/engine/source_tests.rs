@@ -50,9 +50,12 @@ enum Fault {
     After,
 }
 
+/// Steps so far, the one that fails, and the story.
+type Steps = (usize, Option<(usize, Fault)>, Vec<String>);
+
 struct Fake {
     truth: Arc<Mutex<Truth>>,
-    steps: Arc<Mutex<(usize, Option<(usize, Fault)>, Vec<String>)>>,
+    steps: Arc<Mutex<Steps>>,
     records: Records,
     config: Config,
     _dir: tempfile::TempDir,
@@ -77,7 +80,7 @@ impl Fake {
 #[derive(Clone)]
 struct Script {
     truth: Arc<Mutex<Truth>>,
-    steps: Arc<Mutex<(usize, Option<(usize, Fault)>, Vec<String>)>>,
+    steps: Arc<Mutex<Steps>>,
     records: Records,
 }
 
@@ -95,7 +98,8 @@ impl Script {
         }
         let mut truth = self.truth.lock().unwrap();
         let result = effect(&mut truth);
-        let committed = self.records.read(ID).unwrap().is_some_and(|r| matches!(r.state, State::Committed | State::Finished));
+        let committed =
+            self.records.read(ID).unwrap().is_some_and(|r| matches!(r.state, State::Committed | State::Finished));
         assert!(!truth.running || committed, "runs there without a decision, after {name}");
         assert!(!truth.killed || committed, "killed here without a decision, after {name}");
         assert!(!truth.running || truth.frozen || truth.killed, "two copies run, after {name}");
@@ -124,7 +128,7 @@ impl World for Fake {
     }
     fn processes(&self, _: &Container) -> io::Result<Vec<Process>> {
         let (pid, vpid, comm) = (700, Vpid(7), "app".into());
-        Ok(vec![Process { pid, vpid, comm, verbs: true, cm: false, descends: true }])
+        Ok(vec![Process { pid, vpid, comm, verbs: true, cm: false }])
     }
     fn lease(&self, _: &str) -> Result<Lease, String> {
         Ok(Lease { first: 1 << 20, count: 1 })
@@ -311,6 +315,9 @@ impl Host for Script {
         self.truth.lock().unwrap().frozen = false;
         Ok(())
     }
+    fn lost(&self, _: &Container) -> crate::engine::host::Result<Vec<String>> {
+        Ok(Vec::new())
+    }
     fn dump(
         &self,
         _: &Container,
@@ -355,8 +362,7 @@ impl Progress for Quiet {
 }
 
 fn run(fake: &Fake, pre_setup: bool, cancel: &Cancel) -> End {
-    let request =
-        MigrateRequest { container: "m".into(), to: "dst".into(), dry_run: false, pre_setup, drain: None };
+    let request = MigrateRequest { container: "m".into(), to: "dst".into(), dry_run: false, pre_setup, drain: None };
     Run::new(fake, ID, &request, cancel, &Quiet).run()
 }
 

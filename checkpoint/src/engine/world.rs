@@ -127,7 +127,7 @@ impl World for Agent {
     }
 
     fn processes(&self, container: &Container) -> io::Result<Vec<Process>> {
-        procs::of_cgroup(&container.cgroup, container.init)
+        procs::of_cgroup(&container.cgroup)
     }
 
     fn hold(&self, migration: MigrationId, container: &str) -> Result<(), MigrationId> {

@@ -4,7 +4,10 @@
 //! Only the *host's* end is ever touched: the container's end stays up with address and route, because CRIU restores
 //! established TCP connections before the decision, and that needs both. While the host's end is down no packet
 //! passes. Plain rtnetlink, no tool needed.
-#![expect(unsafe_code, reason = "entering a network namespace is a system call without a safe wrapper for packet addresses")]
+#![expect(
+    unsafe_code,
+    reason = "entering a network namespace is a system call without a safe wrapper for packet addresses"
+)]
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -146,7 +149,8 @@ fn parse(body: &[u8]) -> Option<Pair> {
             IFLA_LINK => outside = value.try_into().ok().map(u32::from_ne_bytes),
             IFLA_ADDRESS => mac = value.try_into().unwrap_or_default(),
             IFLA_LINKINFO => {
-                veth = attributes(value).any(|(k, v)| k == IFLA_INFO_KIND && v.strip_suffix(b"\0").unwrap_or(v) == b"veth");
+                veth = attributes(value)
+                    .any(|(k, v)| k == IFLA_INFO_KIND && v.strip_suffix(b"\0").unwrap_or(v) == b"veth");
             }
             _ => {}
         }
