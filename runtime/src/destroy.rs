@@ -7,11 +7,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use libcontainer::container::ContainerStatus;
 use libcontainer::hooks;
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 
 use crate::cgroup::{self, Cgroup};
 use crate::inject::HostPaths;
 use crate::store::ContainerHandle;
+
+/// Where a restore binds the root file system, below the state directory.
+pub const CRIU_ROOT: &str = "criu-root";
 
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -28,7 +32,10 @@ pub fn delete(handle: ContainerHandle, force: bool) -> Result<()> {
 
 fn kill(handle: &ContainerHandle) -> Result<()> {
     if let Ok(cgroup) = handle.cgroup() {
-        cgroup.kill_all(Signal::SIGKILL as i32)?;
+        let killed = cgroup.kill_all(Signal::SIGKILL as i32);
+        if has_cgroup(handle) {
+            killed?;
+        }
         let _ = cgroup.thaw();
     }
     if let Some(pid) = handle.init_pid() {
@@ -51,11 +58,12 @@ pub fn remove(mut handle: ContainerHandle) -> Result<()> {
     let config = handle.container.spec();
     let dir = handle.dir().to_owned();
     if let Ok(cgroup) = handle.cgroup() {
-        cgroup.kill_all(Signal::SIGKILL as i32)?;
-        cgroup.wait_empty(KILL_DEADLINE)?;
-        cgroup.remove()?;
+        let emptied = empty(&cgroup);
+        if has_cgroup(&handle) {
+            emptied?;
+        }
     }
-    fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+    remove_state_dir(&dir)?;
     if handle.sidecar.shim.is_some() {
         HostPaths::default().forget(handle.id());
     }
@@ -67,6 +75,37 @@ pub fn remove(mut handle: ContainerHandle) -> Result<()> {
     Ok(())
 }
 
+/// A creation that was killed half-way may not have got a cgroup yet.
+fn has_cgroup(handle: &ContainerHandle) -> bool {
+    !handle.sidecar.cgroup.as_os_str().is_empty()
+}
+
+fn empty(cgroup: &Cgroup) -> Result<()> {
+    cgroup.kill_all(Signal::SIGKILL as i32)?;
+    cgroup.wait_empty(KILL_DEADLINE)?;
+    cgroup.remove()
+}
+
+/// Removes a container's state. A restore that was killed may have left the
+/// root file system bound in there: it is let go first, and nothing is
+/// removed while anything is still mounted, for that would be the user's.
+pub fn remove_state_dir(dir: &Path) -> Result<()> {
+    let bound = dir.join(CRIU_ROOT);
+    // Several binds may lie on top of each other.
+    for _ in 0..16 {
+        if umount2(&bound, MntFlags::MNT_DETACH).is_err() {
+            break;
+        }
+    }
+    match fs::remove_dir(&bound) {
+        Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+            return Err(err).with_context(|| format!("cannot release {}", bound.display()));
+        }
+        _ => {}
+    }
+    fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
+}
+
 /// Best effort after a failed creation or restore: the error that led here
 /// matters more than any met on the way.
 pub fn leftovers(dir: &Path, id: &str, cgroup: Option<&Cgroup>, injected: bool) {
@@ -75,7 +114,7 @@ pub fn leftovers(dir: &Path, id: &str, cgroup: Option<&Cgroup>, injected: bool) 
         let _ = cgroup.wait_empty(Duration::from_secs(2));
         let _ = cgroup.remove();
     }
-    let _ = fs::remove_dir_all(dir);
+    let _ = remove_state_dir(dir);
     if injected {
         HostPaths::default().forget(id);
     }

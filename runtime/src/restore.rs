@@ -362,7 +362,7 @@ struct MountedRoot(PathBuf);
 
 impl MountedRoot {
     fn new(dir: &Path, rootfs: &Path) -> Result<Self> {
-        let path = dir.join("criu-root");
+        let path = dir.join(destroy::CRIU_ROOT);
         fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
         mount(Some(rootfs), &path, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
             .with_context(|| format!("cannot bind {} for CRIU", rootfs.display()))?;

@@ -1,6 +1,6 @@
 //! `delete`.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::cli::{Delete, Global};
 use crate::destroy;
@@ -17,7 +17,7 @@ pub fn run(args: &Delete, global: &Global) -> Result<i32> {
     match ContainerHandle::load(root, &args.id) {
         Ok(handle) => destroy::delete(handle, args.force)?,
         Err(_) if args.force && !dir.join("state.json").exists() => {
-            std::fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+            destroy::remove_state_dir(&dir)?;
         }
         Err(err) => return Err(err),
     }
