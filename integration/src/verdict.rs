@@ -48,7 +48,14 @@ pub fn run(options: &Options) -> Result<bool> {
     heading("release build");
     deploy::build(&paths)?;
     heading("scenarios in the lab");
-    let tally = scenarios(&paths, options)?;
+    let lab = LabName::choose();
+    let in_lab = in_the_lab(&paths, options, &lab);
+    if !options.keep {
+        lab.apply(Command::new(std::env::current_exe()?).args(["lab", "down"])).status().context("end the lab")?;
+    }
+    let (tally, shim) = in_lab?;
+    units.passed += shim.passed;
+    units.failed += shim.failed;
     let minutes = start.elapsed().as_secs_f64() / 60.0;
     println!(
         "\nunit tests: {} passed, {} failed; scenarios: {} passed, {} failed; {minutes:.1} min in all",
@@ -58,7 +65,44 @@ pub fn run(options: &Options) -> Result<bool> {
         tally.failed()
     );
     println!("{} passed, {} failed", units.passed + tally.passed(), units.failed + tally.failed());
-    Ok(tally.failed() == 0)
+    Ok(tally.failed() == 0 && shim.ok)
+}
+
+/// Which lab instance to use.
+struct LabName(Option<&'static str>);
+
+impl LabName {
+    fn choose() -> LabName {
+        LabName(std::env::var_os("MIGRRDMA_LAB").is_none().then_some(TEST_INSTANCE))
+    }
+
+    fn apply<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        match self.0 {
+            Some(name) => command.env("MIGRRDMA_LAB", name),
+            None => command,
+        }
+    }
+}
+
+/// The scenarios and, on the same nodes, the shim under programs that know
+/// nothing of it.
+fn in_the_lab(paths: &Paths, options: &Options, lab: &LabName) -> Result<(Tally, Units)> {
+    let tally = scenarios(paths, options, lab)?;
+    if !options.filters.is_empty() {
+        return Ok((tally, Units { ok: true, ..Units::default() }));
+    }
+    heading("the shim under ordinary programs, in the lab");
+    let mut command = Command::new(env!("CARGO"));
+    command.args(["test", "-p", "shim-lib", "--test", "lab", "--", "--ignored", "--test-threads", "1"]);
+    if !options.all {
+        command.args(["--skip", "pyverbs"]);
+    }
+    let mut shim = count(paths, lab.apply(&mut command))?;
+    if !shim.ok {
+        // A test that does not even compile has failed, too.
+        shim.failed = shim.failed.max(1);
+    }
+    Ok((tally, shim))
 }
 
 fn heading(text: &str) {
@@ -87,9 +131,13 @@ impl Units {
 }
 
 fn unit_tests(paths: &Paths) -> Result<Units> {
-    let mut child = Command::new(env!("CARGO"))
+    count(paths, Command::new(env!("CARGO")).args(["test", "--workspace", "--no-fail-fast"]))
+}
+
+/// Runs a `cargo test` and counts what its output says.
+fn count(paths: &Paths, command: &mut Command) -> Result<Units> {
+    let mut child = command
         .current_dir(&paths.root)
-        .args(["test", "--workspace", "--no-fail-fast"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -106,7 +154,7 @@ fn unit_tests(paths: &Paths) -> Result<Units> {
     Ok(units)
 }
 
-fn scenarios(paths: &Paths, options: &Options) -> Result<Tally> {
+fn scenarios(paths: &Paths, options: &Options, lab: &LabName) -> Result<Tally> {
     let results = paths.lab().join("results.json");
     fs::create_dir_all(paths.lab())?;
     let _ = fs::remove_file(&results);
@@ -122,14 +170,11 @@ fn scenarios(paths: &Paths, options: &Options) -> Result<Tally> {
     if options.all {
         command.arg("--all");
     }
-    if options.keep {
-        command.arg("--keep");
-    }
+    // More is done on these nodes afterwards.
+    command.arg("--keep");
     command.args(&options.filters);
-    if std::env::var_os("MIGRRDMA_LAB").is_none() {
-        command.env("MIGRRDMA_LAB", TEST_INSTANCE);
-    }
-    let status = command
+    let status = lab
+        .apply(&mut command)
         .current_dir(&paths.root)
         .env(RESULTS_ENV, &results)
         .stdin(Stdio::null())
