@@ -188,6 +188,7 @@ unsafe fn flow_context(flow: *mut ibv_flow) -> *mut ibv_context {
 unsafe extern "C" fn query_port(context: *mut ibv_context, port: u8, attr: *mut c_void, length: usize) -> c_int {
     boundary(
         || {
+            let _pass = query::pass(context, "ibv_query_port");
             let Some(op) = theirs!(context, query_port) else { return failure!(errno, libc::EOPNOTSUPP) };
             // SAFETY: the caller's room for an answer of that length.
             unsafe {
@@ -210,6 +211,7 @@ unsafe extern "C" fn query_device_ex(
 ) -> c_int {
     boundary(
         || {
+            let _pass = query::pass(context, "ibv_query_device_ex");
             let Some(op) = theirs!(context, query_device_ex) else { return failure!(errno, libc::EOPNOTSUPP) };
             // SAFETY: the caller's room for an answer of that size; the plain attributes are its first member.
             unsafe {

@@ -47,6 +47,12 @@ pub(crate) fn capture(ctx: &ShadowContext) -> Result<View, Errno> {
     }
 }
 
+/// Waits at the gate, if the question is the application's: while the process moves only the new host could answer. A
+/// question that the library asks itself, inside a verb that has passed the gate, names a real context and goes on.
+pub(crate) fn pass(context: *mut ibv_context, verb: &'static str) -> Option<gate::Pass> {
+    registry::find::<ShadowContext>(context).map(|_| gate::enter(verb))
+}
+
 fn with_view<R>(context: *mut ibv_context, what: impl FnOnce(&View) -> R) -> Option<R> {
     let ctx: Arc<ShadowContext> = registry::find(context)?;
     ctx.view.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(what)
@@ -80,6 +86,7 @@ const OLD_PORT_ATTR: usize = 48;
 
 entry! {
     "IBVERBS_1.1" fn ibv_query_device(context: *mut ibv_context, attr: *mut c_void) -> c_int, fail errno, |real| {
+        let _pass = pass(context, "ibv_query_device");
         // SAFETY: the caller's room for the answer.
         unsafe {
             let answer = real(context::unwrap(context), attr);
@@ -89,6 +96,7 @@ entry! {
     }
 
     "IBVERBS_1.1" fn ibv_query_port(context: *mut ibv_context, port: u8, attr: *mut c_void) -> c_int, fail errno, |real| {
+        let _pass = pass(context, "ibv_query_port");
         // SAFETY: the caller's room for the answer.
         unsafe {
             let answer = real(context::unwrap(context), port, attr);
@@ -98,6 +106,7 @@ entry! {
     }
 
     "IBVERBS_1.1" fn ibv_query_gid(context: *mut ibv_context, port: u8, index: c_int, gid: *mut ibv_gid) -> c_int, fail minus_one, |real| {
+        let _pass = pass(context, "ibv_query_gid");
         if let Some(ctx) = registry::find::<ShadowContext>(context)
             && let Some(told) = ctx.virtual_gid(port, index as u32)
         {
@@ -110,6 +119,7 @@ entry! {
     }
 
     "IBVERBS_1.11" fn _ibv_query_gid_ex(context: *mut ibv_context, port: u32, index: u32, out: *mut c_void, flags: u32, size: usize) -> c_int, fail errno, |real| {
+        let _pass = pass(context, "_ibv_query_gid_ex");
         if let Some(told) = with_view(context, |v| v.gids.iter().find(|g| u32::from(g.port) == port && u32::from(g.index) == index).copied()) {
             let Some(told) = told else { return libc::ENODATA };
             // SAFETY: the caller's room of `size` bytes.
@@ -121,6 +131,7 @@ entry! {
     }
 
     "IBVERBS_1.11" fn _ibv_query_gid_table(context: *mut ibv_context, out: *mut c_void, max: usize, flags: u32, size: usize) -> ssize_t, fail minus_one, |real| {
+        let _pass = pass(context, "_ibv_query_gid_table");
         if let Some(told) = with_view(context, |v| v.gids.clone()) {
             if told.len() > max { return -(libc::EINVAL as ssize_t) }
             for (i, entry) in told.iter().enumerate() {
@@ -135,6 +146,7 @@ entry! {
 
     /// Of libibverbs' private interface, but programs use it.
     "IBVERBS_PRIVATE_34" fn ibv_query_gid_type(context: *mut ibv_context, port: u8, index: u32, kind: *mut u32) -> c_int, fail minus_one, |real| {
+        let _pass = pass(context, "ibv_query_gid_type");
         if let Some(told) = with_view(context, |v| v.gids.iter().find(|g| g.port == port && u32::from(g.index) == index).map(|g| g.kind)) {
             // SAFETY: the caller's room. 0 is IB or RoCE v1, also for an empty entry; 1 is RoCE v2.
             unsafe { *kind = u32::from(told.is_some_and(|k| k >= 2)) };
@@ -145,21 +157,25 @@ entry! {
     }
 
     "IBVERBS_1.1" fn ibv_query_pkey(context: *mut ibv_context, port: u8, index: c_int, pkey: *mut u16) -> c_int, fail minus_one, |real| {
+        let _pass = pass(context, "ibv_query_pkey");
         // SAFETY: the caller's room.
         unsafe { real(context::unwrap(context), port, index, pkey) }
     }
 
     "IBVERBS_1.5" fn ibv_get_pkey_index(context: *mut ibv_context, port: u8, pkey: u16) -> c_int, fail minus_one, |real| {
+        let _pass = pass(context, "ibv_get_pkey_index");
         // SAFETY: the caller's promise.
         unsafe { real(context::unwrap(context), port, pkey) }
     }
 
     "IBVERBS_1.1" fn ibv_resolve_eth_l2_from_gid(context: *mut ibv_context, attr: *mut ibv_ah_attr, mac: *mut u8, vid: *mut u16) -> c_int, fail errno, |real| {
+        let _pass = pass(context, "ibv_resolve_eth_l2_from_gid");
         // SAFETY: the caller's promise.
         unsafe { real(context::unwrap(context), attr, mac, vid) }
     }
 
     "IBVERBS_1.1" fn ibv_init_ah_from_wc(context: *mut ibv_context, port: u8, wc: *mut ibv_wc, grh: *mut c_void, attr: *mut ibv_ah_attr) -> c_int, fail errno, |real| {
+        let _pass = pass(context, "ibv_init_ah_from_wc");
         // SAFETY: the caller's promise.
         unsafe { real(context::unwrap(context), port, wc, grh, attr) }
     }
