@@ -11,6 +11,7 @@ pub mod fabric;
 mod report;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -18,9 +19,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::census::NodeCensus;
 use crate::lab::node::Node;
+use crate::lab::paths::Paths;
 use crate::lab::{Lab, deploy};
 use crate::link_health::LinkHealth;
 pub use report::{Outcome, Tally};
@@ -159,6 +162,7 @@ pub fn run(groups: &[&[Scenario]], options: &Options) -> Result<Tally> {
         }
         return Ok(Tally::default());
     }
+    let _alone = sole_user()?;
     let (lab, fresh) = Lab::up()?;
     let mut runner = Runner::new(lab, fresh)?;
     let mut tally = Tally::default();
@@ -176,6 +180,19 @@ pub fn run(groups: &[&[Scenario]], options: &Options) -> Result<Tally> {
     }
     tally.print();
     Ok(tally)
+}
+
+/// One run of scenarios per lab instance: each resets the nodes.
+fn sole_user() -> Result<Flock<fs::File>> {
+    let paths = Paths::new()?;
+    fs::create_dir_all(paths.run())?;
+    let file = fs::File::create(paths.run().join("scenarios.lock"))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
+        anyhow::anyhow!(
+            "scenarios are already running in the lab {:?}; wait for them, or set MIGRRDMA_LAB to another name",
+            paths.instance
+        )
+    })
 }
 
 struct Runner {
