@@ -34,6 +34,9 @@ const STATE_DIRS: &[&str] = &[
     "/var/crash",
 ];
 
+/// The end of an agent's address.
+const AGENT: &str = ":7477";
+
 /// What one node held at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeCensus {
@@ -163,10 +166,18 @@ fn normalise(subject: &str, line: &str) -> Option<String> {
             let systemd = path.contains("systemd-private-");
             // The shim is installed once, under its content's name, and stays.
             let shim = path.starts_with("/var/lib/migrrdma/shim");
-            (!inner && !systemd && !shim).then(|| words.join(" "))
+            (!inner && !systemd && !shim && !is_record(words[0], path)).then(|| words.join(" "))
         }
         _ => Some(words.join(" ")),
     }
+}
+
+/// What an agent remembers on purpose: how migrations ended, which numbers moved containers still show, and the
+/// directories it keeps them and its images in. What lies in the image directories counts.
+fn is_record(kind: &str, path: &str) -> bool {
+    let Some(rest) = path.strip_prefix("/var/lib/migrrdma/") else { return false };
+    let json = rest.ends_with(".json");
+    (kind == "d" && !rest.contains('/')) || (json && (rest.starts_with("migrations/") || rest.starts_with("moved/")))
 }
 
 fn process(words: &[&str]) -> Option<String> {
@@ -205,7 +216,9 @@ fn socket(words: &[&str]) -> Option<String> {
         return (*state == "LISTEN").then(|| format!("{kind} {local}"));
     }
     let control = format!(":{GUEST_PORT}");
-    if local.ends_with(&control) || *state == "TIME-WAIT" {
+    // Agents keep connections to each other.
+    let agents = *state == "ESTAB" && (local.ends_with(AGENT) || rest.first().is_some_and(|p| p.ends_with(AGENT)));
+    if local.ends_with(&control) || *state == "TIME-WAIT" || agents {
         return None;
     }
     match *state {
@@ -252,6 +265,18 @@ link rxe0/1 lqpn 1 type GSI state RTS sq-psn 0 comm [ib_core]
 tcp LISTEN 0 128 0.0.0.0:4711 0.0.0.0:*
 tcp ESTAB 0 0 10.0.2.15:4711 10.0.2.2:33598
 ";
+
+    #[test]
+    fn an_agents_records_do_not_count_but_images_left_behind_do() {
+        for kept in ["d /var/lib/migrrdma/outgoing", "f /var/lib/migrrdma/moved/a.moved.json"] {
+            assert_eq!(normalise("file", kept), None, "{kept}");
+        }
+        for left in ["d /var/lib/migrrdma/outgoing/ab", "f /var/lib/migrrdma/incoming/ab/images/core-1.img"] {
+            assert!(normalise("file", left).is_some(), "{left}");
+        }
+        assert_eq!(normalise("socket", "tcp ESTAB 0 0 10.10.0.1:7477 10.10.0.3:35160"), None);
+        assert!(normalise("socket", "tcp LISTEN 0 0 10.10.0.1:7477 0.0.0.0:*").is_some());
+    }
 
     #[test]
     fn a_node_seen_twice_with_other_numbers_is_unchanged() {
