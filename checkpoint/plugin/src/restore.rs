@@ -76,7 +76,8 @@ impl Restore {
         let vpid = nix::unistd::getpid().as_raw();
         // A device that was handed over by an incubator once has no path in the container: the image names it
         // `file[MOUNT:INODE]`, and what is mapped there says whose it is.
-        let ours = path.contains("/infiniband/uverbs") || (path.starts_with("file[") && self.queue(vpid, addr).is_some());
+        let ours =
+            path.contains("/infiniband/uverbs") || (path.starts_with("file[") && self.queue(vpid, addr).is_some());
         if !ours {
             return Err(Stop::NotOurs);
         }
