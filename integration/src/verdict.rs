@@ -155,15 +155,8 @@ fn scenarios(paths: &Paths, options: &Options, lab: &LabName) -> Result<Tally> {
     let results = paths.lab().join("results.json");
     fs::create_dir_all(paths.lab())?;
     let _ = fs::remove_file(&results);
-    let mut command = if paths.root.join("integration/scenarios/Cargo.toml").exists() {
-        let mut c = Command::new(env!("CARGO"));
-        c.args(["run", "-q", "-p", "scenarios", "--"]);
-        c
-    } else {
-        let mut c = Command::new(std::env::current_exe()?);
-        c.arg("scenarios");
-        c
-    };
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("scenarios");
     if options.all {
         command.arg("--all");
     }

@@ -1,21 +1,11 @@
 //! What the library is to the dynamic linker: a guest that asks for nothing.
 
-use std::path::PathBuf;
+mod library;
+
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-
-/// The library as cargo built it for this test run.
-fn library() -> Result<PathBuf> {
-    let exe = std::env::current_exe()?;
-    let deps = exe.parent().context("the test has a folder")?;
-    [deps.join("libmigrrdma.so"), deps.with_file_name("libmigrrdma.so")]
-        .into_iter()
-        .filter_map(|p| Some((p.metadata().ok()?.modified().ok()?, p)))
-        .max()
-        .map(|(_, p)| p)
-        .context("libmigrrdma.so was not built beside this test")
-}
+use library::library;
 
 fn run(command: &mut Command) -> Result<String> {
     let out = command.output().with_context(|| format!("{command:?}"))?;

@@ -1,24 +1,16 @@
 //! What the shim adds to a post and a poll, measured against a libibverbs without a device behind it
-//! (`tests/c/stub.c`), on any machine. Run it with `--release --nocapture` for the number of the README.
+//! (`tests/c/stub.c`), on any machine. Run it with `--release --nocapture` to see the numbers.
+
+mod library;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use library::library;
 
 /// Nanoseconds that a post and a poll together may take more, on a busy machine and without optimisation.
 const LIMIT: f64 = 250.0;
-
-fn library() -> Result<PathBuf> {
-    let exe = std::env::current_exe()?;
-    let deps = exe.parent().context("the test has a folder")?;
-    [deps.join("libmigrrdma.so"), deps.with_file_name("libmigrrdma.so")]
-        .into_iter()
-        .filter_map(|p| Some((p.metadata().ok()?.modified().ok()?, p)))
-        .max()
-        .map(|(_, p)| p)
-        .context("libmigrrdma.so was not built beside this test")
-}
 
 fn cc(folder: &Path, arguments: &[&str]) -> Result<()> {
     let out = Command::new("cc").arg("-O2").args(arguments).current_dir(folder).output().context("cc")?;

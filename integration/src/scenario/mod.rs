@@ -13,7 +13,6 @@ mod report;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -133,20 +132,6 @@ impl Options {
         let named = self.filters.iter().any(|f| s.name.contains(f.as_str()));
         // A long one that is asked for by name is wanted.
         if self.filters.is_empty() { self.all || !s.long } else { named }
-    }
-}
-
-/// The `main` of a scenario binary: options from the command line, lab up,
-/// everything run, table and closing line printed.
-pub fn main(groups: &[&[Scenario]]) -> ExitCode {
-    let result = Options::from_args(std::env::args().skip(1)).and_then(|o| run(groups, &o));
-    match result {
-        Ok(tally) if tally.failed() == 0 => ExitCode::SUCCESS,
-        Ok(_) => ExitCode::FAILURE,
-        Err(e) => {
-            eprintln!("error: {e:#}");
-            ExitCode::FAILURE
-        }
     }
 }
 
