@@ -54,6 +54,9 @@ pub const LOCAL: &str = "local";
 /// How often quiet migrations are looked after.
 const ROUND: Duration = Duration::from_secs(5);
 
+/// In how many rounds once records on disk are looked through.
+const SELDOM: u32 = 6;
+
 /// An error and its causes in one line.
 pub fn chain(e: &(dyn std::error::Error + 'static)) -> String {
     let mut text = e.to_string();
@@ -163,10 +166,13 @@ impl Agent {
         admin::serve(self).map_err(wrap)?;
         let agent = self.clone();
         let rounds = move || {
-            loop {
+            for round in 1_u32.. {
                 thread::sleep(ROUND);
                 agent.look_after_claims();
                 engine::dest::look_after(&agent);
+                if round.is_multiple_of(SELDOM) {
+                    engine::recover::run(&agent);
+                }
             }
         };
         thread::Builder::new().name("rounds".into()).spawn(rounds).map_err(wrap)?;

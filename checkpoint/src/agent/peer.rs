@@ -153,6 +153,7 @@ impl Agent {
         match answer {
             Ok(reply) => Ok(Answer::Shim(reply)),
             Err(ShimError::Busy { by, .. }) => Err(Refusal::Busy { container: container.into(), by }),
+            Err(e @ ShimError::Absent { .. }) => Err(Refusal::Absent(super::chain(&e))),
             Err(e) => Err(Refusal::Failed(super::chain(&e))),
         }
     }

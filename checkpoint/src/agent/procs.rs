@@ -82,6 +82,12 @@ fn look(pid: i32) -> Option<Process> {
     })
 }
 
+/// Whether `pid` (in the agent's namespace) is a process that has not ended.
+pub fn is_alive(pid: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    field(&status, "State").is_some_and(|s| !s.starts_with(['Z', 'X']))
+}
+
 /// The pid a process has in its own namespace.
 pub fn vpid_of(pid: i32) -> Option<Vpid> {
     inner_pid(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
@@ -116,5 +122,19 @@ mod tests {
         let me = look(pid).unwrap();
         assert!(!me.comm.is_empty() && !me.verbs && !me.cm);
         assert_eq!(vpid_of(pid), Some(me.vpid));
+        assert!(is_alive(pid));
+    }
+
+    #[test]
+    fn a_process_that_ended_and_was_not_waited_for_is_not_alive() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id() as i32;
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while is_alive(pid) {
+            assert!(std::time::Instant::now() < until, "`true` has not ended");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        child.wait().unwrap();
+        assert!(!is_alive(pid));
     }
 }

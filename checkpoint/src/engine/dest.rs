@@ -25,7 +25,7 @@ use rdma_virt::saved::{AdoptedProcess, ProcessState, SgidMap};
 
 use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::store::Store;
-use crate::agent::{Agent, chain, is_plain_name, lock};
+use crate::agent::{Agent, chain, is_plain_name, lock, procs};
 use crate::net::msg::{Answer, BornQp, Fate, Offer, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
@@ -376,7 +376,8 @@ impl Arrival {
             None => Ok(Vec::new()),
             Some(report) => report.map_err(|e| format!("the incubator: {e}")),
         };
-        let keys = adopted.and_then(|list| tell_shims(agent, id, &container, list));
+        let keys =
+            adopted.and_then(|list| tell_shims(agent, id, &container, alive(agent, &container, held.init(), list)));
         match keys {
             Ok(keys) => {
                 if let Some(nursery) = nursery.take()
@@ -478,6 +479,20 @@ fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>,
         }
     }
     Ok(qps)
+}
+
+/// Those of the processes that still exist. One that ended after the move has nothing to take any more; its objects
+/// went with it.
+fn alive(agent: &Agent, container: &str, init: i32, adopted: Vec<AdoptedProcess>) -> Vec<AdoptedProcess> {
+    if !procs::is_alive(init) {
+        // Its pid namespace ended with it.
+        return Vec::new();
+    }
+    // What cannot be looked into may have all of them.
+    let Ok(found) = agent.host.container(container) else { return adopted };
+    let Ok(processes) = procs::of_cgroup(&found.cgroup) else { return adopted };
+    let there = |a: &AdoptedProcess| processes.iter().any(|p| p.vpid == a.vpid);
+    adopted.into_iter().filter(there).collect()
 }
 
 /// Every restored process' shim takes its new objects, at the same time.

@@ -150,10 +150,10 @@ impl Run<'_> {
                 let why = match self.relay(agent, container, *vpid, request.clone(), self.answer_time()) {
                     Ok(Reply::Done) => return None,
                     Ok(_) => "it answered with something else".to_owned(),
+                    Err(Stop::Absent(why)) => return Some(why),
                     Err(stop) => stop.to_string(),
                 };
-                let ended = why.contains("no connection to the agent");
-                if ended || Instant::now() >= until {
+                if Instant::now() >= until {
                     return Some(why);
                 }
                 thread::sleep(PAUSE);

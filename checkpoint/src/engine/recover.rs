@@ -1,6 +1,7 @@
 //! What an agent does about migrations it finds on disk when it starts: those that had not committed are undone, those
 //! that had are finished. And what it says when others ask for one's fate.
 
+use std::collections::hash_map::Entry;
 use std::fs;
 use std::sync::Arc;
 use std::thread;
@@ -37,7 +38,8 @@ pub fn fate(agent: &Agent, id: MigrationId) -> Fate {
     }
 }
 
-/// Deals with everything that is neither finished nor aborted, in the background.
+/// Deals with everything that is neither finished nor aborted nor under way, in the background. Called when the agent
+/// starts, and every now and then: somebody who could not be told may be there again.
 pub fn run(agent: &Arc<Agent>) {
     let (records, bad) = match agent.records.all() {
         Ok(found) => found,
@@ -55,10 +57,23 @@ pub fn run(agent: &Arc<Agent>) {
             State::Committed => finish,
             State::Finished | State::Aborted => continue,
         };
-        let agent = agent.clone();
-        let spawned = thread::Builder::new().name("recover".into()).spawn(move || work(&agent, record));
+        let Some(id) = record.id() else { continue };
+        match lock(&agent.running).entry(id) {
+            Entry::Occupied(_) => continue,
+            Entry::Vacant(free) => free.insert(Arc::default()),
+        };
+        let worker = agent.clone();
+        let spawned = thread::Builder::new().name("recover".into()).spawn(move || {
+            // The record may have changed since it was read: whoever worked on it had not let go of it yet.
+            match worker.records.read(id) {
+                Ok(Some(now)) if now.state == record.state => work(&worker, now),
+                _ => {}
+            }
+            lock(&worker.running).remove(&id);
+        });
         if let Err(e) = spawned {
             eprintln!("no thread to deal with an old migration: {e}");
+            lock(&agent.running).remove(&id);
         }
     }
 }
@@ -149,6 +164,6 @@ fn finish(agent: &Arc<Agent>, record: Record) {
     let mut run = Run::new(world, id, &request, &cancel, &log);
     run.go_on(record, forward.plan, forward.states, forward.lease);
     if let Err(why) = run.forward_again() {
-        eprintln!("{id}: {why}; the next start of the agent tries again");
+        eprintln!("{id}: {why}; it will be tried again");
     }
 }

@@ -44,6 +44,8 @@ pub enum Stop {
         by: MigrationId,
         text: String,
     },
+    /// A process that takes part has ended, or has lost its shim.
+    Absent(String),
     Failed(String),
 }
 
@@ -51,7 +53,7 @@ impl std::fmt::Display for Stop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Stop::Refused(reasons) => f.write_str(&reasons.join("; ")),
-            Stop::Busy { text, .. } | Stop::Failed(text) => f.write_str(text),
+            Stop::Busy { text, .. } | Stop::Absent(text) | Stop::Failed(text) => f.write_str(text),
         }
     }
 }
@@ -60,6 +62,7 @@ impl From<CallError> for Stop {
     fn from(e: CallError) -> Self {
         match &e {
             CallError::Refused { refusal: Refusal::Busy { by, .. }, .. } => Stop::Busy { by: *by, text: chain(&e) },
+            CallError::Refused { refusal: Refusal::Absent(_), .. } => Stop::Absent(chain(&e)),
             _ => Stop::Failed(chain(&e)),
         }
     }
@@ -69,6 +72,7 @@ impl From<ShimError> for Stop {
     fn from(e: ShimError) -> Self {
         match &e {
             ShimError::Busy { by, .. } => Stop::Busy { by: *by, text: chain(&e) },
+            ShimError::Absent { .. } => Stop::Absent(chain(&e)),
             _ => Stop::Failed(chain(&e)),
         }
     }
@@ -237,7 +241,7 @@ impl<'a> Run<'a> {
         match stop {
             Stop::Refused(reasons) => End::Refused(reasons),
             Stop::Busy { by, text } => End::Undone { phase, why: text, left, busy: Some(by) },
-            Stop::Failed(why) => End::Undone { phase, why, left, busy: None },
+            Stop::Absent(why) | Stop::Failed(why) => End::Undone { phase, why, left, busy: None },
         }
     }
 

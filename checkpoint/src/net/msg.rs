@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Longest piece of a file in one [`Order::FilePiece`], bytes.
 pub const PIECE: usize = 4 << 20;
@@ -44,6 +44,9 @@ pub enum Refusal {
     /// Another migration holds the container.
     #[error("container {container} takes part in {by} already")]
     Busy { container: String, by: MigrationId },
+    /// The process that was meant has no connection to its agent: it has ended, or never had the shim.
+    #[error("{0}")]
+    Absent(String),
     /// In one sentence, as this agent sees it.
     #[error("{0}")]
     Failed(String),

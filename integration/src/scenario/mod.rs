@@ -284,11 +284,13 @@ impl Runner {
             Ok(nodes) => nodes,
             Err(e) => return problems.push(format!("{e:#}")),
         };
-        for (node, before) in nodes.iter().zip(before) {
+        let links: Vec<Result<LinkHealth>> = nodes.iter().map(LinkHealth::take).collect();
+        let retried = links.iter().zip(before).any(|(after, before)| after.as_ref().is_ok_and(|a| before.retried(a)));
+        for ((node, before), after) in nodes.iter().zip(before).zip(links) {
             let name = node.name();
-            match LinkHealth::take(node) {
+            match after {
                 Ok(after) => {
-                    let bad = before.violations(&after, allowed);
+                    let bad = before.violations(&after, allowed, retried);
                     problems.extend(bad.iter().map(|v| format!("{name}: link: {v}")));
                     let remarks = before.remarks(&after);
                     notes.extend(remarks.iter().map(|r| format!("{name}: {r}")));
