@@ -126,8 +126,8 @@ impl Moved {
         let _ = fs::remove_file(self.dir.join(format!("{container}.guest.json")));
     }
 
-    /// The number a new QP of `container` shows, on a host with these GIDs.
-    pub fn number(&self, container: &str, pqpn: PQpn, here: &[VGid]) -> Result<VQpn, NumberError> {
+    /// The number a new QP of `container` shows, on a host with the GIDs `here` tells if they matter.
+    pub fn number(&self, container: &str, pqpn: PQpn, here: impl FnOnce() -> Vec<VGid>) -> Result<VQpn, NumberError> {
         let mut t = self.tables();
         if let Some(guest) = t.guests.get_mut(container) {
             let number = take(guest).ok_or_else(|| NumberError::Used(container.into()))?;
@@ -135,9 +135,12 @@ impl Moved {
             write_json(&self.dir.join(format!("{container}.guest.json")), &guest)?;
             return Ok(VQpn(number));
         }
-        let shown =
-            |p: &MovedProcess| p.vgids.iter().any(|g| here.contains(g)) && p.qps.iter().any(|(v, _, _)| v.0 == pqpn.0);
-        if !t.moved.values().flatten().any(shown) {
+        let mut shown = t.moved.values().flatten().filter(|p| p.qps.iter().any(|(v, _, _)| v.0 == pqpn.0)).peekable();
+        let free = shown.peek().is_none() || {
+            let here = here();
+            !shown.any(|p| p.vgids.iter().any(|g| here.contains(g)))
+        };
+        if free {
             return Ok(VQpn(pqpn.0));
         }
         loop {
@@ -242,16 +245,16 @@ mod tests {
     fn a_number_that_left_is_not_given_again_on_the_host_it_left() {
         let dir = tempfile::tempdir().unwrap();
         let moved = Moved::open(dir.path()).unwrap();
-        let here = [VGid([1; 16])];
-        assert_eq!(moved.number("other", PQpn(17), &here).unwrap(), VQpn(17));
+        let here = || vec![VGid([1; 16])];
+        assert_eq!(moved.number("other", PQpn(17), here).unwrap(), VQpn(17));
         moved.learn(&[process(1)]).unwrap();
-        let given = moved.number("other", PQpn(17), &here).unwrap();
+        let given = moved.number("other", PQpn(17), here).unwrap();
         assert!(given.0 >= FIRST);
-        assert_eq!(moved.number("other", PQpn(18), &here).unwrap(), VQpn(18));
-        assert_eq!(moved.number("other", PQpn(17), &[VGid([9; 16])]).unwrap(), VQpn(17), "elsewhere it is free");
+        assert_eq!(moved.number("other", PQpn(18), here).unwrap(), VQpn(18));
+        assert_eq!(moved.number("other", PQpn(17), || vec![VGid([9; 16])]).unwrap(), VQpn(17), "elsewhere it is free");
 
         let again = Moved::open(dir.path()).unwrap();
-        let next = again.number("other", PQpn(17), &here).unwrap();
+        let next = again.number("other", PQpn(17), here).unwrap();
         assert!(next.0 > given.0, "a restarted agent repeats no number");
     }
 
@@ -260,10 +263,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let moved = Moved::open(dir.path()).unwrap();
         moved.host_guest("m", Lease { first: FIRST + 5, count: 2 }).unwrap();
-        assert_eq!(moved.number("m", PQpn(17), &[]).unwrap(), VQpn(FIRST + 5));
+        assert_eq!(moved.number("m", PQpn(17), Vec::new).unwrap(), VQpn(FIRST + 5));
         assert_eq!(moved.lease("m").unwrap(), Lease { first: FIRST + 6, count: 1 });
-        assert_eq!(moved.number("m", PQpn(18), &[]).unwrap(), VQpn(FIRST + 6));
-        assert!(moved.number("m", PQpn(19), &[]).is_err());
+        assert_eq!(moved.number("m", PQpn(18), Vec::new).unwrap(), VQpn(FIRST + 6));
+        assert!(moved.number("m", PQpn(19), Vec::new).is_err());
     }
 
     #[test]

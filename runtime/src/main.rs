@@ -13,6 +13,7 @@ mod clock;
 mod cmd;
 mod console;
 mod criu_plan;
+mod criu_version;
 mod debug_log;
 mod destroy;
 mod devices;

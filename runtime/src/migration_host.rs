@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use checkpoint::agent::is_plain_name;
-use checkpoint::criu::Criu;
 use checkpoint::criu::rpc::Criu_network_lock_method;
 use checkpoint::engine::host::{self, Container, DumpJob, Held, Host, HostError, Nursery, RestoreJob, Wire};
 use checkpoint::incubator::{Incubator, Rights, Spec as IncubatorSpec};
@@ -22,7 +21,7 @@ use crate::inject::{self, HostPaths};
 use crate::monitor::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::record::Record;
 use crate::store::{self, ContainerHandle};
-use crate::{cgroup, destroy, keeper};
+use crate::{cgroup, criu_version, destroy, keeper};
 
 /// Time for the incubator to start.
 const INCUBATOR: Duration = Duration::from_secs(30);
@@ -240,8 +239,7 @@ impl Host for MigrationHost {
     }
 
     fn container(&self, id: &str) -> host::Result<Container> {
-        // Found out now: the dump itself runs inside the pause.
-        dump::require_criu(&self.criu).and_then(|()| self.look(id)).map_err(told)
+        self.look(id).map_err(told)
     }
 
     fn freeze(&self, container: &Container) -> host::Result<()> {
@@ -271,9 +269,6 @@ impl Host for MigrationHost {
 
     fn examine(&self, id: &str, bundle: &Path) -> Vec<String> {
         let mut problems = Vec::new();
-        if let Err(err) = dump::require_criu(&self.criu) {
-            problems.push(format!("{err:#}"));
-        }
         if !is_plain_name(id) {
             problems.push(format!("{id:?} is no container id"));
         } else if self.root.join(id).exists() {
@@ -371,7 +366,7 @@ impl Host for MigrationHost {
     }
 
     fn criu(&self) -> host::Result<u32> {
-        Criu::new(&self.criu).version().map(|v| v.0).map_err(|e| HostError::of(&e))
+        criu_version::of(&self.criu).map(|v| v.0).map_err(told)
     }
 }
 

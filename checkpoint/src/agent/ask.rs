@@ -106,7 +106,7 @@ impl Agent {
     }
 
     fn register(&self, container: &str, vpid: Vpid, pqpn: PQpn) -> Result<VQpn, moved::NumberError> {
-        let vqpn = self.moved.number(container, pqpn, &facts::shown_gids())?;
+        let vqpn = self.moved.number(container, pqpn, facts::shown_gids)?;
         if vqpn.0 != pqpn.0 {
             lock(&self.registered).insert(vqpn, Registered { container: container.into(), vpid, pqpn });
         }

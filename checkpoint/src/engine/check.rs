@@ -1,12 +1,12 @@
 //! Whether a container can be taken, as the destination sees it: every reason against it, in sentences.
 
+use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use super::elf;
 use super::host::Host;
 use crate::agent::{Agent, facts};
 use crate::net::msg::{DeviceFacts, Offer, OfferedProcess};
-use rdma_virt::saved::Build;
 
 /// All reasons against taking this container.
 pub fn problems(agent: &Agent, offer: &Offer) -> Vec<String> {
@@ -23,7 +23,7 @@ pub fn problems(agent: &Agent, offer: &Offer) -> Vec<String> {
     problems.extend(missing_flags(&offer.cpu_flags, &facts::cpu_flags()));
     problems.extend(devices(&offer.processes, &facts::devices()));
     match agent.host.rootfs(&offer.bundle) {
-        Ok(rootfs) => problems.extend(offer.processes.iter().flat_map(|p| builds(&*agent.host, p, &rootfs))),
+        Ok(rootfs) => problems.extend(builds(&*agent.host, &offer.processes, &rootfs)),
         // `examine` has said that the bundle is not there.
         Err(e) if problems.is_empty() => problems.push(e.to_string()),
         Err(_) => {}
@@ -65,27 +65,33 @@ fn gid_type(kind: u32) -> &'static str {
     }
 }
 
-/// The same programs have to be mapped again: their build ids say whether they are there.
-fn builds(host: &dyn Host, process: &OfferedProcess, rootfs: &Path) -> Vec<String> {
-    let check = |build: &Build| {
-        if build.id.is_empty() {
-            return None;
+/// The same programs have to be mapped again: their build ids say whether they are there. Many processes map the same
+/// files, so each is looked at once.
+fn builds(host: &dyn Host, processes: &[OfferedProcess], rootfs: &Path) -> Vec<String> {
+    let mut mapped: BTreeMap<(&str, &str), &OfferedProcess> = BTreeMap::new();
+    for process in processes {
+        for build in process.builds.iter().filter(|b| !b.id.is_empty()) {
+            mapped.entry((&build.file, &build.id)).or_insert(process);
         }
-        let own = inside(rootfs, Path::new(&build.file));
+    }
+    let check = |((file, id), process): ((&str, &str), &OfferedProcess)| {
+        let own = inside(rootfs, Path::new(file));
         let candidates: Vec<PathBuf> =
-            host.injected(Path::new(&build.file)).into_iter().chain(own).filter(|p| p.is_file()).collect();
+            host.injected(Path::new(file)).into_iter().chain(own).filter(|p| p.is_file()).collect();
         if candidates.is_empty() {
-            return Some(format!("{} is missing in the bundle's root file system", build.file));
+            return Some(format!(
+                "{file} is missing in the bundle's root file system; use the same image on both hosts"
+            ));
         }
-        if candidates.iter().any(|p| elf::build_id(p).is_ok_and(|id| id == build.id)) {
+        if candidates.iter().any(|p| elf::build_id(p).is_ok_and(|found| found == id)) {
             return None;
         }
         Some(format!(
-            "{} is another build than the one {} (pid {}) has mapped; use the same image on both hosts",
-            build.file, process.comm, process.vpid.0
+            "{file} is another build than the one {} (pid {}) has mapped; use the same image on both hosts",
+            process.comm, process.vpid.0
         ))
     };
-    process.builds.iter().filter_map(check).collect()
+    mapped.into_iter().filter_map(check).collect()
 }
 
 /// Resolves a path the way a process inside would: symbolic links do not lead out.
