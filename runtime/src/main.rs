@@ -25,6 +25,7 @@ mod handed;
 mod inject;
 mod keeper;
 mod launch;
+mod localise;
 mod migration_host;
 mod monitor;
 mod mountpoints;

@@ -21,7 +21,7 @@ use crate::inject::{self, HostPaths};
 use crate::monitor::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::record::Record;
 use crate::store::{self, ContainerHandle};
-use crate::{cgroup, criu_version, destroy, keeper};
+use crate::{cgroup, criu_version, destroy, keeper, localise};
 
 /// Time for the incubator to start.
 const INCUBATOR: Duration = Duration::from_secs(30);
@@ -267,18 +267,22 @@ impl Host for MigrationHost {
         self.try_dump(container, job, gate).map_err(told)
     }
 
-    fn examine(&self, id: &str, bundle: &Path) -> Vec<String> {
+    fn examine(&self, id: &str, bundle: Option<&Path>) -> Vec<String> {
         let mut problems = Vec::new();
         if !is_plain_name(id) {
             problems.push(format!("{id:?} is no container id"));
         } else if self.root.join(id).exists() {
             problems.push(format!("a container {id} is here already; delete it first"));
         }
+        let Some(bundle) = bundle else { return problems };
         let config = bundle.join("config.json");
         let spec = match store::load_spec_file(&config) {
             Ok(spec) => spec,
             Err(err) => {
-                problems.push(format!("the bundle {} is not here: {err:#}", bundle.display()));
+                problems.push(format!(
+                    "the bundle {} is not here: {err:#}; put it there, or migrate with --copy-rootfs",
+                    bundle.display()
+                ));
                 return problems;
             }
         };
@@ -302,6 +306,10 @@ impl Host for MigrationHost {
             Err(err) => problems.push(format!("{err:#}")),
         }
         problems
+    }
+
+    fn localise(&self, bundle: &Path) -> host::Result<()> {
+        localise::bundle(bundle).map_err(told)
     }
 
     fn rootfs(&self, bundle: &Path) -> host::Result<PathBuf> {

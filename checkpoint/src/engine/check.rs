@@ -8,9 +8,13 @@ use super::host::Host;
 use crate::agent::{Agent, facts};
 use crate::net::msg::{DeviceFacts, Offer, OfferedProcess};
 
-/// All reasons against taking this container.
-pub fn problems(agent: &Agent, offer: &Offer) -> Vec<String> {
-    let mut problems = agent.host.examine(&offer.container, &offer.bundle);
+/// All reasons against taking this container. `arrived`: a bundle that was to come is here now.
+pub fn problems(agent: &Agent, offer: &Offer, arrived: bool) -> Vec<String> {
+    let to_come = offer.copy.as_ref().filter(|_| !arrived);
+    let mut problems = agent.host.examine(&offer.container, to_come.is_none().then_some(&*offer.bundle));
+    if let Some(copy) = to_come {
+        problems.extend(super::landing::problems(agent, &offer.bundle, copy));
+    }
     match agent.host.criu() {
         Ok(ours) if ours < offer.criu => problems.push(format!(
             "CRIU here is {}, older than the source's {}; install the same or a newer version",
@@ -23,12 +27,13 @@ pub fn problems(agent: &Agent, offer: &Offer) -> Vec<String> {
     problems.extend(missing_flags(&offer.cpu_flags, &facts::cpu_flags()));
     problems.extend(devices(&offer.processes, &facts::devices()));
     match agent.host.rootfs(&offer.bundle) {
+        _ if to_come.is_some() => {}
         Ok(rootfs) => problems.extend(builds(&*agent.host, &offer.processes, &rootfs)),
         // `examine` has said that the bundle is not there.
         Err(e) if problems.is_empty() => problems.push(e.to_string()),
         Err(_) => {}
     }
-    problems.extend(room(&agent.config.state_dir, offer.image_bytes));
+    problems.extend(room(&agent.config.state_dir, offer.image_bytes, "image"));
     problems
 }
 
@@ -133,12 +138,13 @@ fn parts(path: &Path) -> Vec<std::ffi::OsString> {
         .collect()
 }
 
-fn room(dir: &Path, bytes: u64) -> Option<String> {
+/// Whether there is room for that many bytes of something.
+pub fn room(dir: &Path, bytes: u64, what: &str) -> Option<String> {
     let stat = nix::sys::statvfs::statvfs(dir).ok()?;
     let free = stat.blocks_available() * stat.fragment_size();
     let mib = |b: u64| b >> 20;
     (free < bytes.saturating_add(64 << 20)).then(|| {
-        format!("{} has room for {} MiB, the image may need {} MiB", dir.display(), mib(free), mib(bytes) + 64)
+        format!("{} has room for {} MiB, the {what} may need {} MiB", dir.display(), mib(free), mib(bytes) + 64)
     })
 }
 

@@ -189,6 +189,10 @@ impl Run<'_> {
         if !self.request.dry_run {
             self.lease = self.world.lease(&container.id).map_err(Stop::Failed)?;
         }
+        let copy = match self.survey() {
+            Ok(copy) => copy,
+            Err(why) => return Ok(vec![why]),
+        };
         let offer = Offer {
             container: container.id.clone(),
             bundle: container.bundle.clone(),
@@ -201,6 +205,7 @@ impl Run<'_> {
             paused,
             lease: self.lease,
             adopt: true,
+            copy,
         };
         let dry_run = self.request.dry_run;
         self.effects.offered = !dry_run;
