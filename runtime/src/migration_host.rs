@@ -296,16 +296,23 @@ impl Host for MigrationHost {
         {
             problems.push(format!("the network namespace {} of the bundle is not here", path.display()));
         }
-        let shim = HostPaths::default().shim;
         match inject::wanted(&spec) {
-            Ok(true) if !shim.is_file() => problems.push(format!("the shim {} is not installed", shim.display())),
-            Ok(true) if !Path::new(checkpoint::criu::PLUGIN_DIR).is_dir() => {
-                problems.push(format!("the CRIU plugin is not installed in {}", checkpoint::criu::PLUGIN_DIR));
-            }
-            Ok(_) => {}
+            Ok(true) => problems.extend(self.tools()),
+            Ok(false) => {}
             Err(err) => problems.push(format!("{err:#}")),
         }
         problems
+    }
+
+    fn tools(&self) -> Vec<String> {
+        let needed = [
+            ("shim", HostPaths::default().shim),
+            ("CRIU plugin", Path::new(checkpoint::criu::PLUGIN_DIR).join("libmigrrdma_plugin.so")),
+        ];
+        let missing = needed.iter().filter(|(_, path)| !path.is_file());
+        missing
+            .map(|(what, path)| format!("the {what} {} is missing; install migrrdma again", path.display()))
+            .collect()
     }
 
     fn localise(&self, bundle: &Path) -> host::Result<()> {

@@ -48,7 +48,7 @@ fn devices(processes: &[OfferedProcess], ours: &[DeviceFacts]) -> Vec<String> {
     for (driver, kinds) in processes.iter().flat_map(|p| &p.devices) {
         let same: Vec<&DeviceFacts> = ours.iter().filter(|d| d.driver == *driver).collect();
         let text = if same.is_empty() {
-            format!("there is no RDMA device with driver {driver}")
+            format!("there is no RDMA device with driver {driver}; add one, or choose another host")
         } else if let Some(kind) = kinds.iter().find(|k| !same.iter().any(|d| d.gids.iter().any(|g| g.kind == **k))) {
             format!("no device with driver {driver} has a GID of type {}", gid_type(*kind))
         } else {

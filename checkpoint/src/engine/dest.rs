@@ -318,6 +318,8 @@ impl Arrival {
     ) -> Result<(Box<dyn Held>, Option<Box<dyn Wire>>), String> {
         store.is_complete(files).map_err(|e| chain(&e))?;
         let Offer { container, bundle, .. } = &self.offer;
+        // Read by the restored tasks later; what is wrong with it is better said here.
+        crate::image::read(&store.images()).map_err(|e| chain(&e))?;
         let mut wire = agent.host.wire(bundle, None).map_err(|e| format!("the container's network: {e}"))?;
         if let Some(wire) = &mut wire {
             wire.down().map_err(|e| format!("the container's network: {e}"))?;

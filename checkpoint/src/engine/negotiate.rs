@@ -186,6 +186,12 @@ impl Run<'_> {
             Ok(version) => version,
             Err(e) => return Ok(vec![format!("CRIU on this host: {e}")]),
         };
+        if !self.states.is_empty() {
+            let missing = self.world.host().tools();
+            if !missing.is_empty() {
+                return Ok(missing);
+            }
+        }
         if !self.request.dry_run {
             self.lease = self.world.lease(&container.id).map_err(Stop::Failed)?;
         }

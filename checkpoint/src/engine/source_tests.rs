@@ -332,6 +332,9 @@ impl Host for Script {
     fn examine(&self, _: &str, _: Option<&Path>) -> Vec<String> {
         Vec::new()
     }
+    fn tools(&self) -> Vec<String> {
+        Vec::new()
+    }
     fn localise(&self, _: &Path) -> crate::engine::host::Result<()> {
         Ok(())
     }
