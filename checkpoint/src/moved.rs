@@ -17,6 +17,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rdma_virt::id::{PQpn, VGid, VQpn};
 use serde::{Deserialize, Serialize};
 
+use crate::agent::tidy::same;
 use crate::net::msg::{Lease, MovedProcess, Resolved};
 use crate::record::{RecordError, make_dir, read_json, write_json};
 
@@ -119,6 +120,27 @@ impl Moved {
         Ok(())
     }
 
+    /// Containers that came from elsewhere.
+    pub fn guests(&self) -> Vec<String> {
+        self.tables().guests.keys().cloned().collect()
+    }
+
+    /// It has ended where it was: nobody asks for it any more. Newer words of the same process stay.
+    pub fn forget(&self, process: &MovedProcess) -> Result<(), RecordError> {
+        let mut t = self.tables();
+        let Some(list) = t.moved.get_mut(&process.container) else { return Ok(()) };
+        list.retain(|p| !(same(p, process) && p.since <= process.since));
+        let path = self.dir.join(format!("{}.moved.json", process.container));
+        if !list.is_empty() {
+            return write_json(&path, list);
+        }
+        t.moved.remove(&process.container);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(RecordError::Write { path, source }),
+            _ => Ok(()),
+        }
+    }
+
     /// It left or ended.
     pub fn forget_guest(&self, container: &str) {
         self.tables().guests.remove(container);
@@ -159,11 +181,10 @@ impl Moved {
         let mut touched = Vec::new();
         for process in news {
             let list = t.moved.entry(process.container.clone()).or_default();
-            let same = |p: &MovedProcess| p.vpid == process.vpid && p.vgids.iter().any(|g| process.vgids.contains(g));
-            if list.iter().any(|p| same(p) && p.since > process.since) {
+            if list.iter().any(|p| same(p, process) && p.since > process.since) {
                 continue;
             }
-            list.retain(|p| !same(p));
+            list.retain(|p| !same(p, process));
             list.push(process.clone());
             if !touched.contains(&process.container) {
                 touched.push(process.container.clone());
@@ -267,6 +288,32 @@ mod tests {
         assert_eq!(moved.lease("m").unwrap(), Lease { first: FIRST + 6, count: 1 });
         assert_eq!(moved.number("m", PQpn(18), Vec::new).unwrap(), VQpn(FIRST + 6));
         assert!(moved.number("m", PQpn(19), Vec::new).is_err());
+    }
+
+    #[test]
+    fn a_container_that_takes_a_deleted_guests_name_is_no_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        let moved = Moved::open(dir.path()).unwrap();
+        moved.host_guest("m", Lease { first: FIRST, count: COUNT }).unwrap();
+        assert_eq!(moved.guests(), ["m"]);
+        moved.forget_guest("m");
+        assert_eq!(moved.number("m", PQpn(17), Vec::new).unwrap(), VQpn(17), "the kernel's own number");
+        assert!(Moved::open(dir.path()).unwrap().guests().is_empty(), "also after a restart");
+    }
+
+    #[test]
+    fn one_that_ended_frees_its_numbers_and_news_of_it_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let moved = Moved::open(dir.path()).unwrap();
+        moved.learn(&[process(5)]).unwrap();
+        moved.forget(&process(4)).unwrap();
+        assert!(moved.resolve(VGid([1; 16]), VQpn(17)).is_some(), "the answer was about an older place");
+        moved.forget(&process(5)).unwrap();
+        for moved in [moved, Moved::open(dir.path()).unwrap()] {
+            assert_eq!(moved.resolve(VGid([1; 16]), VQpn(17)), None);
+            assert_eq!(moved.number("other", PQpn(17), || vec![VGid([1; 16])]).unwrap(), VQpn(17));
+        }
+        assert_eq!(fs::read_dir(dir.path().join("moved")).unwrap().count(), 0);
     }
 
     #[test]

@@ -97,7 +97,7 @@ impl MigrationHost {
             bundle: job.bundle.clone(),
             image_path: job.images.clone(),
             work_path: Some(job.work.clone()),
-            systemd_cgroup: false,
+            systemd_cgroup: by_systemd(&spec),
             tcp_established: true,
             file_locks: true,
             ext_unix_sk: false,
@@ -148,8 +148,17 @@ fn rights(spec: &Spec) -> Result<Rights> {
         groups: user.additional_gids().clone().unwrap_or_default(),
         caps: caps.iter().map(|cap| format!("CAP_{}", cap.to_string().trim_start_matches("CAP_"))).collect(),
         memlock: memlock.map(|l| (l.soft(), l.hard())),
+        // Its cgroup is made by its restore, after these objects, and goes with a restore that failed, which a process
+        // in it would prevent. What it would be charged for is little: queues are kernel memory that no memory cgroup
+        // counts. Limits of an rdma cgroup are not applied to objects that move.
         cgroup: None,
     })
+}
+
+/// Engines that let systemd make cgroups name them `slice:prefix:name`; nothing else looks like that.
+fn by_systemd(spec: &Spec) -> bool {
+    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    path.and_then(|path| path.to_str()).is_some_and(|path| !path.starts_with('/') && path.matches(':').count() == 2)
 }
 
 struct LastGate<'a>(&'a mut dyn FnMut() -> std::result::Result<(), String>);
@@ -404,4 +413,17 @@ fn wait_for_end(handle: &ContainerHandle) -> Result<()> {
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_makes_the_cgroup_is_seen_from_its_path() {
+        for (path, systemd) in [("system.slice:docker:4711", true), ("/lab/one", false), ("machine/a", false)] {
+            let text = format!(r#"{{"ociVersion": "1.0.2", "linux": {{"cgroupsPath": "{path}"}}}}"#);
+            assert_eq!(by_systemd(&serde_json::from_str(&text).unwrap()), systemd, "{path}");
+        }
+    }
 }

@@ -31,6 +31,10 @@ pub struct Registered {
 }
 
 impl super::doors::Caller for Agent {
+    fn gone(&self, container: &str) {
+        self.forget_container(container);
+    }
+
     fn serve(&self, container: &str, pid: i32, mut stream: UnixStream) {
         let hello = match self.greet(container, pid, &mut stream) {
             Ok(hello) => hello,

@@ -59,6 +59,8 @@ pub enum Order {
     Resolve { vgid: VGid, vqpn: VQpn },
     /// These processes live elsewhere now; remember it. → [`Answer::Done`]
     Moved(Vec<MovedProcess>),
+    /// Is this process, which left for you, still yours, or known to have gone on? → [`Answer::Has`]
+    Has { process: Box<MovedProcess> },
     /// Of the source: what became of this migration? → [`Answer::Fate`]
     Fate,
 
@@ -116,6 +118,7 @@ impl Order {
             Order::Describe => "describe",
             Order::Resolve { .. } => "resolve",
             Order::Moved(_) => "moved",
+            Order::Has { .. } => "has",
             Order::Fate => "fate",
             Order::Find { .. } => "find",
             Order::Claim { .. } => "claim",
@@ -142,6 +145,7 @@ pub enum Answer {
     Host(HostFacts),
     /// `None`: nothing known of that end here.
     Resolved(Option<Resolved>),
+    Has(bool),
     Fate(Fate),
     Found(Vec<FarEnd>),
     Shim(Reply),
