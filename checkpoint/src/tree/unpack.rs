@@ -89,7 +89,12 @@ impl Target {
         let number = |n: u64| u32::try_from(n).map_err(|_| io::Error::other("an owner that is no 32-bit number"));
         let (uid, gid) = (number(header.uid()?)?, number(header.gid()?)?);
         let mtime = i64::try_from(header.mtime()?).unwrap_or(0);
-        let device = (header.device_major()?.unwrap_or(0), header.device_minor()?.unwrap_or(0));
+        let device = match kind {
+            EntryType::Char | EntryType::Block => {
+                (header.device_major()?.unwrap_or(0), header.device_minor()?.unwrap_or(0))
+            }
+            _ => (0, 0),
+        };
         let link = entry.link_name_bytes().map(|b| PathBuf::from(OsStr::from_bytes(&b)));
         let link = || link.clone().ok_or_else(|| io::Error::other("a link to nowhere"));
         let (parent, name) = beneath::parent(&self.fd, path)?;
