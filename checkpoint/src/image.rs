@@ -104,7 +104,7 @@ pub enum ImageError {
     Version { found: u32 },
     #[error("{FILE} is {len} bytes long, more than the {MAX_LEN} allowed")]
     TooLarge { len: u64 },
-    #[error("{FILE} was altered: {what}")]
+    #[error("{FILE} was altered: {what}; make the image anew")]
     Altered { what: &'static str },
     #[error("the RDMA state of the container does not fit into an image: {0}")]
     Encode(postcard::Error),

@@ -20,4 +20,5 @@ pub mod phase;
 pub mod pki;
 pub mod record;
 pub mod timeline;
+pub mod tree;
 pub mod uverbs;

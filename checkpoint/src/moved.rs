@@ -17,6 +17,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rdma_virt::id::{PQpn, VGid, VQpn};
 use serde::{Deserialize, Serialize};
 
+use crate::agent::tidy::same;
 use crate::net::msg::{Lease, MovedProcess, Resolved};
 use crate::record::{RecordError, make_dir, read_json, write_json};
 
@@ -119,6 +120,27 @@ impl Moved {
         Ok(())
     }
 
+    /// Containers that came from elsewhere.
+    pub fn guests(&self) -> Vec<String> {
+        self.tables().guests.keys().cloned().collect()
+    }
+
+    /// It has ended where it was: nobody asks for it any more. Newer words of the same process stay.
+    pub fn forget(&self, process: &MovedProcess) -> Result<(), RecordError> {
+        let mut t = self.tables();
+        let Some(list) = t.moved.get_mut(&process.container) else { return Ok(()) };
+        list.retain(|p| !(same(p, process) && p.since <= process.since));
+        let path = self.dir.join(format!("{}.moved.json", process.container));
+        if !list.is_empty() {
+            return write_json(&path, list);
+        }
+        t.moved.remove(&process.container);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(RecordError::Write { path, source }),
+            _ => Ok(()),
+        }
+    }
+
     /// It left or ended.
     pub fn forget_guest(&self, container: &str) {
         self.tables().guests.remove(container);
@@ -126,8 +148,8 @@ impl Moved {
         let _ = fs::remove_file(self.dir.join(format!("{container}.guest.json")));
     }
 
-    /// The number a new QP of `container` shows, on a host with these GIDs.
-    pub fn number(&self, container: &str, pqpn: PQpn, here: &[VGid]) -> Result<VQpn, NumberError> {
+    /// The number a new QP of `container` shows, on a host with the GIDs `here` tells if they matter.
+    pub fn number(&self, container: &str, pqpn: PQpn, here: impl FnOnce() -> Vec<VGid>) -> Result<VQpn, NumberError> {
         let mut t = self.tables();
         if let Some(guest) = t.guests.get_mut(container) {
             let number = take(guest).ok_or_else(|| NumberError::Used(container.into()))?;
@@ -135,9 +157,12 @@ impl Moved {
             write_json(&self.dir.join(format!("{container}.guest.json")), &guest)?;
             return Ok(VQpn(number));
         }
-        let shown =
-            |p: &MovedProcess| p.vgids.iter().any(|g| here.contains(g)) && p.qps.iter().any(|(v, _, _)| v.0 == pqpn.0);
-        if !t.moved.values().flatten().any(shown) {
+        let mut shown = t.moved.values().flatten().filter(|p| p.qps.iter().any(|(v, _, _)| v.0 == pqpn.0)).peekable();
+        let free = shown.peek().is_none() || {
+            let here = here();
+            !shown.any(|p| p.vgids.iter().any(|g| here.contains(g)))
+        };
+        if free {
             return Ok(VQpn(pqpn.0));
         }
         loop {
@@ -156,11 +181,10 @@ impl Moved {
         let mut touched = Vec::new();
         for process in news {
             let list = t.moved.entry(process.container.clone()).or_default();
-            let same = |p: &MovedProcess| p.vpid == process.vpid && p.vgids.iter().any(|g| process.vgids.contains(g));
-            if list.iter().any(|p| same(p) && p.since > process.since) {
+            if list.iter().any(|p| same(p, process) && p.since > process.since) {
                 continue;
             }
-            list.retain(|p| !same(p));
+            list.retain(|p| !same(p, process));
             list.push(process.clone());
             if !touched.contains(&process.container) {
                 touched.push(process.container.clone());
@@ -242,16 +266,16 @@ mod tests {
     fn a_number_that_left_is_not_given_again_on_the_host_it_left() {
         let dir = tempfile::tempdir().unwrap();
         let moved = Moved::open(dir.path()).unwrap();
-        let here = [VGid([1; 16])];
-        assert_eq!(moved.number("other", PQpn(17), &here).unwrap(), VQpn(17));
+        let here = || vec![VGid([1; 16])];
+        assert_eq!(moved.number("other", PQpn(17), here).unwrap(), VQpn(17));
         moved.learn(&[process(1)]).unwrap();
-        let given = moved.number("other", PQpn(17), &here).unwrap();
+        let given = moved.number("other", PQpn(17), here).unwrap();
         assert!(given.0 >= FIRST);
-        assert_eq!(moved.number("other", PQpn(18), &here).unwrap(), VQpn(18));
-        assert_eq!(moved.number("other", PQpn(17), &[VGid([9; 16])]).unwrap(), VQpn(17), "elsewhere it is free");
+        assert_eq!(moved.number("other", PQpn(18), here).unwrap(), VQpn(18));
+        assert_eq!(moved.number("other", PQpn(17), || vec![VGid([9; 16])]).unwrap(), VQpn(17), "elsewhere it is free");
 
         let again = Moved::open(dir.path()).unwrap();
-        let next = again.number("other", PQpn(17), &here).unwrap();
+        let next = again.number("other", PQpn(17), here).unwrap();
         assert!(next.0 > given.0, "a restarted agent repeats no number");
     }
 
@@ -260,10 +284,36 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let moved = Moved::open(dir.path()).unwrap();
         moved.host_guest("m", Lease { first: FIRST + 5, count: 2 }).unwrap();
-        assert_eq!(moved.number("m", PQpn(17), &[]).unwrap(), VQpn(FIRST + 5));
+        assert_eq!(moved.number("m", PQpn(17), Vec::new).unwrap(), VQpn(FIRST + 5));
         assert_eq!(moved.lease("m").unwrap(), Lease { first: FIRST + 6, count: 1 });
-        assert_eq!(moved.number("m", PQpn(18), &[]).unwrap(), VQpn(FIRST + 6));
-        assert!(moved.number("m", PQpn(19), &[]).is_err());
+        assert_eq!(moved.number("m", PQpn(18), Vec::new).unwrap(), VQpn(FIRST + 6));
+        assert!(moved.number("m", PQpn(19), Vec::new).is_err());
+    }
+
+    #[test]
+    fn a_container_that_takes_a_deleted_guests_name_is_no_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        let moved = Moved::open(dir.path()).unwrap();
+        moved.host_guest("m", Lease { first: FIRST, count: COUNT }).unwrap();
+        assert_eq!(moved.guests(), ["m"]);
+        moved.forget_guest("m");
+        assert_eq!(moved.number("m", PQpn(17), Vec::new).unwrap(), VQpn(17), "the kernel's own number");
+        assert!(Moved::open(dir.path()).unwrap().guests().is_empty(), "also after a restart");
+    }
+
+    #[test]
+    fn one_that_ended_frees_its_numbers_and_news_of_it_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let moved = Moved::open(dir.path()).unwrap();
+        moved.learn(&[process(5)]).unwrap();
+        moved.forget(&process(4)).unwrap();
+        assert!(moved.resolve(VGid([1; 16]), VQpn(17)).is_some(), "the answer was about an older place");
+        moved.forget(&process(5)).unwrap();
+        for moved in [moved, Moved::open(dir.path()).unwrap()] {
+            assert_eq!(moved.resolve(VGid([1; 16]), VQpn(17)), None);
+            assert_eq!(moved.number("other", PQpn(17), || vec![VGid([1; 16])]).unwrap(), VQpn(17));
+        }
+        assert_eq!(fs::read_dir(dir.path().join("moved")).unwrap().count(), 0);
     }
 
     #[test]

@@ -9,6 +9,8 @@ use std::fmt;
 pub enum Phase {
     /// Can it be done at all? Everybody who takes part is found and asked; nothing is changed.
     Negotiate,
+    /// If asked for, the bundle with its root file system goes to the destination.
+    Copy,
     /// The destination makes the kernel objects, peers a second QP beside each old one; both are connected.
     PreSetup,
     /// Every end holds new sends.
@@ -37,8 +39,9 @@ pub enum Phase {
 
 impl Phase {
     /// All, in order.
-    pub const ALL: [Phase; 13] = [
+    pub const ALL: [Phase; 14] = [
         Phase::Negotiate,
+        Phase::Copy,
         Phase::PreSetup,
         Phase::Suspend,
         Phase::WaitBeforeStop,
@@ -57,6 +60,7 @@ impl Phase {
     pub fn name(self) -> &'static str {
         match self {
             Phase::Negotiate => "negotiate",
+            Phase::Copy => "copy",
             Phase::PreSetup => "pre-setup",
             Phase::Suspend => "suspend",
             Phase::WaitBeforeStop => "wait-before-stop",

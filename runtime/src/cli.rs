@@ -475,6 +475,10 @@ pub struct MigrateArgs {
     /// Make the new RDMA objects inside the pause instead of before it
     #[arg(long)]
     pub no_pre_setup: bool,
+    /// Send the bundle with its root file system along, for a destination that has none: whole while the container
+    /// runs, then what it changed. Its own network namespace must be there
+    #[arg(long)]
+    pub copy_rootfs: bool,
     /// Longest wait for traffic in flight to complete
     #[arg(long, value_name = "SECONDS")]
     pub drain_timeout: Option<u64>,

@@ -3,14 +3,13 @@
 //! Runs in process for `migrrdma checkpoint` and for a migration alike; the
 //! [`Gate`] is where the latter holds CRIU and decides.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use checkpoint::criu::rpc::{Criu_opts, Criu_page_server_info};
-use checkpoint::criu::{Criu, CriuError, Notify, Verdict, Version};
+use checkpoint::criu::{CriuError, Notify, Verdict};
 use libcontainer::container::ContainerStatus;
 use libcontainer::oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
@@ -18,15 +17,13 @@ use serde::{Deserialize, Serialize};
 use crate::criu_plan::{self, Common, Directories, MASK};
 use crate::gate::Gate;
 use crate::store::{self, ContainerHandle};
-use crate::{destroy, handed, keeper, stdio};
+use crate::{criu_version, destroy, handed, keeper, stdio};
 
 /// Log of dumps, a name engines know.
 pub const LOG: &str = "dump.log";
 /// What the image says about the container, for the restoring runtime.
 pub const FACTS: &str = "migrrdma.json";
 const FACTS_VERSION: u32 = 1;
-/// Older ones lack external network namespaces.
-const OLDEST: Version = Version(31_500);
 
 /// How to dump.
 #[derive(Debug, Clone)]
@@ -108,24 +105,6 @@ impl ImageFacts {
     }
 }
 
-/// Programs [`require_criu`] has found good. A run of criu costs tens of
-/// milliseconds, which a migration must not spend inside its pause.
-static GOOD_CRIU: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
-
-/// Refuses a CRIU that is missing or too old. Asked once in a process' life.
-pub fn require_criu(program: &Path) -> Result<()> {
-    let mut good = GOOD_CRIU.lock().unwrap_or_else(PoisonError::into_inner);
-    if good.contains(program) {
-        return Ok(());
-    }
-    let version = Criu::new(program).version()?;
-    if version < OLDEST {
-        bail!("CRIU {version} is too old, {OLDEST} or newer is needed");
-    }
-    good.insert(program.to_owned());
-    Ok(())
-}
-
 /// Dumps `handle`'s container. On `Err` it is as it was: running, or paused.
 pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate) -> Result<DumpReport> {
     let status = handle.status();
@@ -138,7 +117,7 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
     let pid = handle.init_pid().context(store::NOT_RUNNING)?;
     let common = &options.common;
     check_parent(options)?;
-    require_criu(&common.criu)?;
+    criu_version::of(&common.criu)?;
     if (options.pre_dump || options.parent_path.is_some()) && !common.driver(false, LOG).features()?.mem_track {
         bail!("this kernel or CRIU cannot track memory changes; checkpoint without --pre-dump and --parent-path");
     }

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use checkpoint::agent::is_plain_name;
-use checkpoint::criu::Criu;
 use checkpoint::criu::rpc::Criu_network_lock_method;
 use checkpoint::engine::host::{self, Container, DumpJob, Held, Host, HostError, Nursery, RestoreJob, Wire};
 use checkpoint::incubator::{Incubator, Rights, Spec as IncubatorSpec};
@@ -22,7 +21,7 @@ use crate::inject::{self, HostPaths};
 use crate::monitor::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::record::Record;
 use crate::store::{self, ContainerHandle};
-use crate::{cgroup, destroy, keeper};
+use crate::{cgroup, criu_version, destroy, keeper, localise};
 
 /// Time for the incubator to start.
 const INCUBATOR: Duration = Duration::from_secs(30);
@@ -98,7 +97,7 @@ impl MigrationHost {
             bundle: job.bundle.clone(),
             image_path: job.images.clone(),
             work_path: Some(job.work.clone()),
-            systemd_cgroup: false,
+            systemd_cgroup: by_systemd(&spec),
             tcp_established: true,
             file_locks: true,
             ext_unix_sk: false,
@@ -149,8 +148,17 @@ fn rights(spec: &Spec) -> Result<Rights> {
         groups: user.additional_gids().clone().unwrap_or_default(),
         caps: caps.iter().map(|cap| format!("CAP_{}", cap.to_string().trim_start_matches("CAP_"))).collect(),
         memlock: memlock.map(|l| (l.soft(), l.hard())),
+        // Its cgroup is made by its restore, after these objects, and goes with a restore that failed, which a process
+        // in it would prevent. What it would be charged for is little: queues are kernel memory that no memory cgroup
+        // counts. Limits of an rdma cgroup are not applied to objects that move.
         cgroup: None,
     })
+}
+
+/// Engines that let systemd make cgroups name them `slice:prefix:name`; nothing else looks like that.
+fn by_systemd(spec: &Spec) -> bool {
+    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    path.and_then(|path| path.to_str()).is_some_and(|path| !path.starts_with('/') && path.matches(':').count() == 2)
 }
 
 struct LastGate<'a>(&'a mut dyn FnMut() -> std::result::Result<(), String>);
@@ -240,8 +248,7 @@ impl Host for MigrationHost {
     }
 
     fn container(&self, id: &str) -> host::Result<Container> {
-        // Found out now: the dump itself runs inside the pause.
-        dump::require_criu(&self.criu).and_then(|()| self.look(id)).map_err(told)
+        self.look(id).map_err(told)
     }
 
     fn freeze(&self, container: &Container) -> host::Result<()> {
@@ -269,21 +276,22 @@ impl Host for MigrationHost {
         self.try_dump(container, job, gate).map_err(told)
     }
 
-    fn examine(&self, id: &str, bundle: &Path) -> Vec<String> {
+    fn examine(&self, id: &str, bundle: Option<&Path>) -> Vec<String> {
         let mut problems = Vec::new();
-        if let Err(err) = dump::require_criu(&self.criu) {
-            problems.push(format!("{err:#}"));
-        }
         if !is_plain_name(id) {
             problems.push(format!("{id:?} is no container id"));
         } else if self.root.join(id).exists() {
             problems.push(format!("a container {id} is here already; delete it first"));
         }
+        let Some(bundle) = bundle else { return problems };
         let config = bundle.join("config.json");
         let spec = match store::load_spec_file(&config) {
             Ok(spec) => spec,
             Err(err) => {
-                problems.push(format!("the bundle {} is not here: {err:#}", bundle.display()));
+                problems.push(format!(
+                    "the bundle {} is not here: {err:#}; put it there, or migrate with --copy-rootfs",
+                    bundle.display()
+                ));
                 return problems;
             }
         };
@@ -297,16 +305,27 @@ impl Host for MigrationHost {
         {
             problems.push(format!("the network namespace {} of the bundle is not here", path.display()));
         }
-        let shim = HostPaths::default().shim;
         match inject::wanted(&spec) {
-            Ok(true) if !shim.is_file() => problems.push(format!("the shim {} is not installed", shim.display())),
-            Ok(true) if !Path::new(checkpoint::criu::PLUGIN_DIR).is_dir() => {
-                problems.push(format!("the CRIU plugin is not installed in {}", checkpoint::criu::PLUGIN_DIR));
-            }
-            Ok(_) => {}
+            Ok(true) => problems.extend(self.tools()),
+            Ok(false) => {}
             Err(err) => problems.push(format!("{err:#}")),
         }
         problems
+    }
+
+    fn tools(&self) -> Vec<String> {
+        let needed = [
+            ("shim", HostPaths::default().shim),
+            ("CRIU plugin", Path::new(checkpoint::criu::PLUGIN_DIR).join("libmigrrdma_plugin.so")),
+        ];
+        let missing = needed.iter().filter(|(_, path)| !path.is_file());
+        missing
+            .map(|(what, path)| format!("the {what} {} is missing; install migrrdma again", path.display()))
+            .collect()
+    }
+
+    fn localise(&self, bundle: &Path) -> host::Result<()> {
+        localise::bundle(bundle).map_err(told)
     }
 
     fn rootfs(&self, bundle: &Path) -> host::Result<PathBuf> {
@@ -371,7 +390,7 @@ impl Host for MigrationHost {
     }
 
     fn criu(&self) -> host::Result<u32> {
-        Criu::new(&self.criu).version().map(|v| v.0).map_err(|e| HostError::of(&e))
+        criu_version::of(&self.criu).map(|v| v.0).map_err(told)
     }
 }
 
@@ -394,4 +413,17 @@ fn wait_for_end(handle: &ContainerHandle) -> Result<()> {
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_makes_the_cgroup_is_seen_from_its_path() {
+        for (path, systemd) in [("system.slice:docker:4711", true), ("/lab/one", false), ("machine/a", false)] {
+            let text = format!(r#"{{"ociVersion": "1.0.2", "linux": {{"cgroupsPath": "{path}"}}}}"#);
+            assert_eq!(by_systemd(&serde_json::from_str(&text).unwrap()), systemd, "{path}");
+        }
+    }
 }

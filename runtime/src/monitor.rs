@@ -320,9 +320,22 @@ fn supervise(order: &Order, stream: &mut BufReader<UnixStream>) -> Result<()> {
     let running = send(stream.get_mut(), &Event::Running { pid });
     // The starter may be gone; the container is not.
     drop(running);
+    usual_priority();
     stream.get_ref().shutdown(std::net::Shutdown::Both).ok();
     let spools = spools.take();
     watch(pid, ours, spools, &record)
+}
+
+/// The agent is urgent, and so is a restore, which happens in a container's pause. Watching one is not. (CRIU gives the
+/// container's own processes the priority they had.)
+#[expect(unsafe_code, reason = "setpriority has no safe interface")]
+fn usual_priority() {
+    // SAFETY: two calls with numbers only, about this process.
+    unsafe {
+        if nix::libc::getpriority(nix::libc::PRIO_PROCESS, 0) < 0 {
+            nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, 0);
+        }
+    }
 }
 
 fn run(order: &RunOrder, stdio: [Option<OwnedFd>; 3], record: &Record) -> Result<i32> {

@@ -24,27 +24,61 @@ pub(crate) fn capture(ctx: &ShadowContext) -> Result<View, Errno> {
         let mut device: rdma_sys::ibv_device_attr = zeroed();
         Errno::check(verbs::query_device(real, (&raw mut device).cast())?)?;
         let mut ports = Vec::new();
-        let mut gids = Vec::new();
         for port in 1..=device.phys_port_cnt {
             let mut attr: rdma_sys::ibv_port_attr = zeroed();
             Errno::check(verbs::query_port(real, port, (&raw mut attr).cast())?)?;
-            for index in 0..u32::try_from(attr.gid_tbl_len).unwrap_or(0) {
-                let mut entry = ibv_gid_entry::default();
-                let size = size_of::<ibv_gid_entry>();
-                let answer = verbs::query_gid_ex(real, u32::from(port), index, (&raw mut entry).cast(), 0, size)?;
-                if answer == 0 {
-                    gids.push(GidEntry {
-                        port,
-                        index: index as u16,
-                        gid: VGid(std::mem::transmute::<[u64; 2], [u8; 16]>(entry.gid)),
-                        kind: entry.gid_type,
-                    });
-                }
-            }
             ports.push(attr);
         }
+        let gids = match gid_table(real) {
+            Some(gids) => gids,
+            None => gids_one_by_one(real, &ports)?,
+        };
         Ok(View { gids, sgid: Vec::new(), device, ports })
     }
+}
+
+/// Entries asked for at once: more than any device has filled, less than one ioctl attribute can carry (64 KiB).
+const GIDS: usize = 2000;
+
+/// The filled entries in one question; `None` if this library or kernel cannot be asked so.
+///
+/// # Safety
+/// `real` is a real context.
+unsafe fn gid_table(real: *mut ibv_context) -> Option<Vec<GidEntry>> {
+    let mut entries = vec![ibv_gid_entry::default(); GIDS];
+    let size = size_of::<ibv_gid_entry>();
+    // SAFETY: room for that many entries of that size; the caller's promise.
+    let count = unsafe { verbs::query_gid_table(real, entries.as_mut_ptr().cast(), GIDS, 0, size) };
+    entries.truncate(usize::try_from(count.ok()?).ok()?);
+    entries.iter().map(|e| Some(gid_entry(e.port_num.try_into().ok()?, e))).collect()
+}
+
+/// Every place of every table, most of them empty.
+///
+/// # Safety
+/// `real` is a real context.
+unsafe fn gids_one_by_one(real: *mut ibv_context, ports: &[rdma_sys::ibv_port_attr]) -> Result<Vec<GidEntry>, Errno> {
+    let mut gids = Vec::new();
+    for (port, attr) in (1u8..).zip(ports) {
+        for index in 0..u32::try_from(attr.gid_tbl_len).unwrap_or(0) {
+            let mut entry = ibv_gid_entry::default();
+            let size = size_of::<ibv_gid_entry>();
+            // SAFETY: room for one entry; the caller's promise.
+            let answer =
+                unsafe { verbs::query_gid_ex(real, u32::from(port), index, (&raw mut entry).cast(), 0, size) }?;
+            if answer == 0 {
+                entry.gid_index = index;
+                gids.push(gid_entry(port, &entry));
+            }
+        }
+    }
+    Ok(gids)
+}
+
+fn gid_entry(port: u8, entry: &ibv_gid_entry) -> GidEntry {
+    // SAFETY: 16 bytes either way.
+    let gid = VGid(unsafe { std::mem::transmute::<[u64; 2], [u8; 16]>(entry.gid) });
+    GidEntry { port, index: entry.gid_index as u16, gid, kind: entry.gid_type }
 }
 
 /// Waits at the gate, if the question is the application's: while the process moves only the new host could answer. A

@@ -74,7 +74,7 @@ pub mod verbs {
         ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
     };
     use crate::errno::Errno;
-    use libc::{c_int, c_uint, c_void};
+    use libc::{c_int, c_uint, c_void, ssize_t};
 
     macro_rules! real {
         ($($version:literal fn $name:ident as $short:ident($($arg:ident: $ty:ty),*) -> $ret:ty;)*) => {$(
@@ -103,6 +103,7 @@ pub mod verbs {
         "IBVERBS_1.1" fn ibv_dereg_mr as dereg_mr(mr: *mut ibv_mr) -> c_int;
         "IBVERBS_1.1" fn ibv_query_device as query_device(context: *mut ibv_context, attr: *mut c_void) -> c_int;
         "IBVERBS_1.1" fn ibv_query_port as query_port(context: *mut ibv_context, port: u8, attr: *mut c_void) -> c_int;
+        "IBVERBS_1.11" fn _ibv_query_gid_table as query_gid_table(context: *mut ibv_context, entries: *mut c_void, max: usize, flags: u32, size: usize) -> ssize_t;
         "IBVERBS_1.11" fn _ibv_query_gid_ex as query_gid_ex(context: *mut ibv_context, port: u32, index: u32, entry: *mut c_void, flags: u32, size: usize) -> c_int;
     }
 }

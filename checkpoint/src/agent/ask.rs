@@ -31,6 +31,10 @@ pub struct Registered {
 }
 
 impl super::doors::Caller for Agent {
+    fn gone(&self, container: &str) {
+        self.forget_container(container);
+    }
+
     fn serve(&self, container: &str, pid: i32, mut stream: UnixStream) {
         let hello = match self.greet(container, pid, &mut stream) {
             Ok(hello) => hello,
@@ -106,7 +110,7 @@ impl Agent {
     }
 
     fn register(&self, container: &str, vpid: Vpid, pqpn: PQpn) -> Result<VQpn, moved::NumberError> {
-        let vqpn = self.moved.number(container, pqpn, &facts::shown_gids())?;
+        let vqpn = self.moved.number(container, pqpn, facts::shown_gids)?;
         if vqpn.0 != pqpn.0 {
             lock(&self.registered).insert(vqpn, Registered { container: container.into(), vpid, pqpn });
         }

@@ -33,6 +33,8 @@ pub struct Config {
     /// Sockets and what is shared with containers.
     pub run_dir: PathBuf,
     pub deadlines: Deadlines,
+    /// A container that left for a host which cannot be reached any more is remembered for so many days.
+    pub forget_moved_days: u64,
 }
 
 /// Longest waits, seconds.
@@ -70,6 +72,7 @@ impl Default for Config {
             state_dir: "/var/lib/migrrdma".into(),
             run_dir: "/run/migrrdma-agent".into(),
             deadlines: Deadlines::default(),
+            forget_moved_days: 30,
         }
     }
 }

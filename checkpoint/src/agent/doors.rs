@@ -36,6 +36,8 @@ const RESCAN: Duration = Duration::from_secs(2);
 pub trait Caller: Send + Sync + 'static {
     /// Serves a connection from `pid` (agent's namespace) of `container` to its end, in a thread of its own.
     fn serve(&self, container: &str, pid: i32, stream: UnixStream);
+    /// The container's directory is gone, or another one has its name.
+    fn gone(&self, container: &str);
 }
 
 struct Door {
@@ -43,6 +45,8 @@ struct Door {
     path: PathBuf,
     /// Of the socket file we made; another number there means that the directory was made anew.
     inode: u64,
+    /// Of the container's directory: a container that takes an old one's name has another.
+    directory: u64,
     open: Arc<AtomicUsize>,
 }
 
@@ -84,7 +88,7 @@ impl Doors {
         thread::Builder::new().name("doors".into()).spawn(move || {
             let mut open: BTreeMap<String, Door> = BTreeMap::new();
             loop {
-                doors.scan(&mut open);
+                doors.scan(&mut open, &caller);
                 doors.wait(&inotify, &open, &caller);
             }
         })?;
@@ -92,9 +96,15 @@ impl Doors {
     }
 
     /// Brings the open sockets to what the directory says.
-    fn scan(&self, open: &mut BTreeMap<String, Door>) {
-        let alive = |door: &Door| fs::metadata(&door.path).is_ok_and(|m| m.ino() == door.inode);
-        open.retain(|_, door| alive(door));
+    fn scan(&self, open: &mut BTreeMap<String, Door>, caller: &Arc<dyn Caller>) {
+        let inode = |path: &Path| fs::metadata(path).map(|m| m.ino()).ok();
+        open.retain(|id, door| {
+            if inode(&self.of(id)) != Some(door.directory) {
+                caller.gone(id);
+                return false;
+            }
+            inode(&door.path) == Some(door.inode)
+        });
         let entries = match fs::read_dir(&self.dir) {
             Ok(entries) => entries,
             Err(e) => {
@@ -133,7 +143,8 @@ impl Doors {
             }
         }
         let inode = fs::metadata(&path)?.ino();
-        Ok(Door { listener, path, inode, open: Arc::default() })
+        let directory = fs::metadata(dir)?.ino();
+        Ok(Door { listener, path, inode, directory, open: Arc::default() })
     }
 
     fn wait(&self, inotify: &Inotify, open: &BTreeMap<String, Door>, caller: &Arc<dyn Caller>) {
@@ -212,8 +223,13 @@ mod tests {
     use std::io::{Read, Write};
     use std::time::Instant;
 
-    struct Tell;
+    #[derive(Default)]
+    struct Tell(Mutex<Vec<String>>);
     impl Caller for Tell {
+        fn gone(&self, container: &str) {
+            self.0.lock().unwrap().push(container.into());
+        }
+
         fn serve(&self, container: &str, pid: i32, mut stream: UnixStream) {
             let _ = write!(stream, "{container} {pid}");
         }
@@ -231,10 +247,35 @@ mod tests {
     }
 
     #[test]
+    fn a_container_that_goes_is_told_also_when_another_takes_its_name_at_once() {
+        let run = tempfile::tempdir().unwrap();
+        let doors = Doors::open(run.path()).unwrap();
+        let told = Arc::new(Tell::default());
+        let caller: Arc<dyn Caller> = told.clone();
+        let gone = || std::mem::take(&mut *told.0.lock().unwrap());
+        fs::create_dir(doors.of("one")).unwrap();
+        let mut open = BTreeMap::new();
+        doors.scan(&mut open, &caller);
+        fs::remove_file(doors.of("one").join(SOCKET)).unwrap();
+        doors.scan(&mut open, &caller);
+        assert!(gone().is_empty(), "it is the same container");
+        // The new directory is made before the old one goes, so that it cannot have its number.
+        fs::create_dir(run.path().join("next")).unwrap();
+        fs::remove_dir_all(doors.of("one")).unwrap();
+        fs::rename(run.path().join("next"), doors.of("one")).unwrap();
+        doors.scan(&mut open, &caller);
+        assert_eq!(gone(), ["one"]);
+        assert!(open.contains_key("one"), "and the new one is served");
+        fs::remove_dir_all(doors.of("one")).unwrap();
+        doors.scan(&mut open, &caller);
+        assert_eq!(gone(), ["one"]);
+    }
+
+    #[test]
     fn a_container_that_appears_gets_a_socket_that_knows_its_name() {
         let run = tempfile::tempdir().unwrap();
         let doors = Doors::open(run.path()).unwrap();
-        doors.serve(Arc::new(Tell)).unwrap();
+        doors.serve(Arc::new(Tell::default())).unwrap();
         fs::create_dir(doors.of("late")).unwrap();
         let mut said = String::new();
         connect(&doors.of("late").join(SOCKET)).read_to_string(&mut said).unwrap();

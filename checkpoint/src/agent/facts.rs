@@ -76,7 +76,8 @@ impl Agent {
     /// Address of the agent of the host that has this GID; [`LOCAL`] for this host.
     pub fn agent_of(&self, gid: PGid) -> String {
         let ip = gid.ip();
-        if gids().contains(&gid) || is_own_address(ip) {
+        // Most GIDs are addresses, and those are quickly found.
+        if is_own_address(ip) || gids().contains(&gid) {
             return LOCAL.into();
         }
         if let Some(at) = self.config.gid_map.get(&ip) {

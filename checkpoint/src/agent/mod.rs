@@ -9,6 +9,7 @@
 //! | [`procs`] | which processes really use RDMA |
 //! | [`facts`] | what this host is, and whose agent a GID belongs to |
 //! | [`peer`] | this host as the host of a peer |
+//! | [`tidy`] | forgetting containers that are no more |
 //! | [`admin`] | the local administrator's socket |
 //!
 //! The engine ([`crate::engine`]) runs inside, as source or as destination. An agent may stop and start at any time:
@@ -25,6 +26,7 @@ pub mod peer;
 pub mod procs;
 pub mod shims;
 pub mod status;
+pub mod tidy;
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
@@ -54,8 +56,11 @@ pub const LOCAL: &str = "local";
 /// How often quiet migrations are looked after.
 const ROUND: Duration = Duration::from_secs(5);
 
-/// In how many rounds once records on disk are looked through.
-const SELDOM: u32 = 6;
+/// Every how many rounds records on disk are looked through.
+const SELDOM: u64 = 6;
+
+/// And every how many rounds those who left are asked after.
+const TIDY: u64 = 720;
 
 /// An error and its causes in one line.
 pub fn chain(e: &(dyn std::error::Error + 'static)) -> String {
@@ -151,6 +156,7 @@ impl Agent {
     pub fn start(self: &Arc<Self>) -> Result<(), StartError> {
         let wrap = |source| StartError::Dir { path: self.config.run_dir.clone(), source };
         admin::refuse_second(&self.config.admin())?;
+        self.forget_lost_guests();
         self.doors.serve(self.clone()).map_err(wrap)?;
         engine::recover::run(self);
         match &self.identity {
@@ -166,12 +172,15 @@ impl Agent {
         admin::serve(self).map_err(wrap)?;
         let agent = self.clone();
         let rounds = move || {
-            for round in 1_u32.. {
+            for round in 1_u64.. {
                 thread::sleep(ROUND);
                 agent.look_after_claims();
                 engine::dest::look_after(&agent);
                 if round.is_multiple_of(SELDOM) {
                     engine::recover::run(&agent);
+                }
+                if round.is_multiple_of(TIDY) {
+                    agent.tidy_moved();
                 }
             }
         };
@@ -210,15 +219,17 @@ impl Agent {
         migration: Option<MigrationId>,
         order: Order,
     ) -> Result<Answer, Refusal> {
-        match order {
+        match &order {
             Order::Describe => return Ok(Answer::Host(self.describe())),
-            Order::Resolve { vgid, vqpn } => return Ok(Answer::Resolved(self.resolve_for_other(vgid, vqpn))),
+            Order::Resolve { vgid, vqpn } => return Ok(Answer::Resolved(self.resolve_for_other(*vgid, *vqpn))),
+            Order::Has { process } if !is_plain_name(&process.container) => return Ok(Answer::Has(false)),
+            Order::Has { process } => return Ok(Answer::Has(self.has(&process.container, process))),
             _ => {}
         }
         let name = order.name();
         let id = migration.ok_or_else(|| Refusal::Failed(format!("{name} belongs to a migration, but names none")))?;
         match order {
-            Order::Describe | Order::Resolve { .. } => unreachable!("answered above"),
+            Order::Describe | Order::Resolve { .. } | Order::Has { .. } => unreachable!("answered above"),
             Order::Moved(news) => {
                 if news.iter().any(|p| !is_plain_name(&p.container)) {
                     return Err(Refusal::Failed("a container's id with a slash or a leading dot".into()));

@@ -1,16 +1,20 @@
 //! Whether a container can be taken, as the destination sees it: every reason against it, in sentences.
 
+use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use super::elf;
 use super::host::Host;
 use crate::agent::{Agent, facts};
 use crate::net::msg::{DeviceFacts, Offer, OfferedProcess};
-use rdma_virt::saved::Build;
 
-/// All reasons against taking this container.
-pub fn problems(agent: &Agent, offer: &Offer) -> Vec<String> {
-    let mut problems = agent.host.examine(&offer.container, &offer.bundle);
+/// All reasons against taking this container. `arrived`: a bundle that was to come is here now.
+pub fn problems(agent: &Agent, offer: &Offer, arrived: bool) -> Vec<String> {
+    let to_come = offer.copy.as_ref().filter(|_| !arrived);
+    let mut problems = agent.host.examine(&offer.container, to_come.is_none().then_some(&*offer.bundle));
+    if let Some(copy) = to_come {
+        problems.extend(super::landing::problems(agent, &offer.bundle, copy));
+    }
     match agent.host.criu() {
         Ok(ours) if ours < offer.criu => problems.push(format!(
             "CRIU here is {}, older than the source's {}; install the same or a newer version",
@@ -23,12 +27,13 @@ pub fn problems(agent: &Agent, offer: &Offer) -> Vec<String> {
     problems.extend(missing_flags(&offer.cpu_flags, &facts::cpu_flags()));
     problems.extend(devices(&offer.processes, &facts::devices()));
     match agent.host.rootfs(&offer.bundle) {
-        Ok(rootfs) => problems.extend(offer.processes.iter().flat_map(|p| builds(&*agent.host, p, &rootfs))),
+        _ if to_come.is_some() => {}
+        Ok(rootfs) => problems.extend(builds(&*agent.host, &offer.processes, &rootfs)),
         // `examine` has said that the bundle is not there.
         Err(e) if problems.is_empty() => problems.push(e.to_string()),
         Err(_) => {}
     }
-    problems.extend(room(&agent.config.state_dir, offer.image_bytes));
+    problems.extend(room(&agent.config.state_dir, offer.image_bytes, "image"));
     problems
 }
 
@@ -43,7 +48,7 @@ fn devices(processes: &[OfferedProcess], ours: &[DeviceFacts]) -> Vec<String> {
     for (driver, kinds) in processes.iter().flat_map(|p| &p.devices) {
         let same: Vec<&DeviceFacts> = ours.iter().filter(|d| d.driver == *driver).collect();
         let text = if same.is_empty() {
-            format!("there is no RDMA device with driver {driver}")
+            format!("there is no RDMA device with driver {driver}; add one, or choose another host")
         } else if let Some(kind) = kinds.iter().find(|k| !same.iter().any(|d| d.gids.iter().any(|g| g.kind == **k))) {
             format!("no device with driver {driver} has a GID of type {}", gid_type(*kind))
         } else {
@@ -65,27 +70,33 @@ fn gid_type(kind: u32) -> &'static str {
     }
 }
 
-/// The same programs have to be mapped again: their build ids say whether they are there.
-fn builds(host: &dyn Host, process: &OfferedProcess, rootfs: &Path) -> Vec<String> {
-    let check = |build: &Build| {
-        if build.id.is_empty() {
-            return None;
+/// The same programs have to be mapped again: their build ids say whether they are there. Many processes map the same
+/// files, so each is looked at once.
+fn builds(host: &dyn Host, processes: &[OfferedProcess], rootfs: &Path) -> Vec<String> {
+    let mut mapped: BTreeMap<(&str, &str), &OfferedProcess> = BTreeMap::new();
+    for process in processes {
+        for build in process.builds.iter().filter(|b| !b.id.is_empty()) {
+            mapped.entry((&build.file, &build.id)).or_insert(process);
         }
-        let own = inside(rootfs, Path::new(&build.file));
+    }
+    let check = |((file, id), process): ((&str, &str), &OfferedProcess)| {
+        let own = inside(rootfs, Path::new(file));
         let candidates: Vec<PathBuf> =
-            host.injected(Path::new(&build.file)).into_iter().chain(own).filter(|p| p.is_file()).collect();
+            host.injected(Path::new(file)).into_iter().chain(own).filter(|p| p.is_file()).collect();
         if candidates.is_empty() {
-            return Some(format!("{} is missing in the bundle's root file system", build.file));
+            return Some(format!(
+                "{file} is missing in the bundle's root file system; use the same image on both hosts"
+            ));
         }
-        if candidates.iter().any(|p| elf::build_id(p).is_ok_and(|id| id == build.id)) {
+        if candidates.iter().any(|p| elf::build_id(p).is_ok_and(|found| found == id)) {
             return None;
         }
         Some(format!(
-            "{} is another build than the one {} (pid {}) has mapped; use the same image on both hosts",
-            build.file, process.comm, process.vpid.0
+            "{file} is another build than the one {} (pid {}) has mapped; use the same image on both hosts",
+            process.comm, process.vpid.0
         ))
     };
-    process.builds.iter().filter_map(check).collect()
+    mapped.into_iter().filter_map(check).collect()
 }
 
 /// Resolves a path the way a process inside would: symbolic links do not lead out.
@@ -127,12 +138,13 @@ fn parts(path: &Path) -> Vec<std::ffi::OsString> {
         .collect()
 }
 
-fn room(dir: &Path, bytes: u64) -> Option<String> {
+/// Whether there is room for that many bytes of something.
+pub fn room(dir: &Path, bytes: u64, what: &str) -> Option<String> {
     let stat = nix::sys::statvfs::statvfs(dir).ok()?;
     let free = stat.blocks_available() * stat.fragment_size();
     let mib = |b: u64| b >> 20;
     (free < bytes.saturating_add(64 << 20)).then(|| {
-        format!("{} has room for {} MiB, the image may need {} MiB", dir.display(), mib(free), mib(bytes) + 64)
+        format!("{} has room for {} MiB, the {what} may need {} MiB", dir.display(), mib(free), mib(bytes) + 64)
     })
 }
 

@@ -24,6 +24,7 @@ use rdma_virt::msg::{KeyTable, Reply, Request};
 use rdma_virt::saved::{AdoptedProcess, ProcessState, SgidMap};
 
 use super::host::{Held, Nursery, RestoreJob, Wire};
+use super::landing::Landing;
 use super::store::Store;
 use crate::agent::{Agent, chain, is_plain_name, lock, procs};
 use crate::net::msg::{Answer, BornQp, Fate, Offer, Order, Refusal};
@@ -82,6 +83,8 @@ struct Arrival {
     offer: Offer,
     states: Vec<ProcessState>,
     state: State,
+    /// The bundle that comes along.
+    landing: Option<Landing>,
     /// When the source last said something, or answered.
     heard: Instant,
 }
@@ -164,11 +167,12 @@ fn consider(
     if let Some(by) = agent.desk.bringing(&offer.container).filter(|other| *other != id) {
         return Err(Refusal::Busy { container: offer.container, by });
     }
-    let problems = super::check::problems(agent, &offer);
+    let problems = super::check::problems(agent, &offer, false);
     if problems.is_empty() && !dry_run {
         let source = SocketAddr::new(from.ip(), offer.from_port).to_string();
         let container = offer.container.clone();
-        let arrival = Arrival { source, offer, states: Vec::new(), state: State::Offered, heard: Instant::now() };
+        let arrival =
+            Arrival { source, offer, states: Vec::new(), state: State::Offered, landing: None, heard: Instant::now() };
         lock(&agent.desk.0).insert(id, Entry { container, arrival: Arc::new(Mutex::new(arrival)) });
     }
     Ok(Answer::Offered { problems })
@@ -177,6 +181,9 @@ fn consider(
 impl Arrival {
     /// One order. An order that does not fit the state changes nothing.
     fn step(&mut self, agent: &Agent, id: MigrationId, order: Order) -> Result<Answer, Refusal> {
+        if matches!(order, Order::TreeStart { .. } | Order::TreePiece { .. } | Order::TreeEnd) {
+            return self.land(agent, id, order).map_err(failed);
+        }
         let state = std::mem::replace(&mut self.state, State::Gone);
         let name = order.name();
         let (state, answer) = match (state, order) {
@@ -233,6 +240,20 @@ impl Arrival {
         };
         self.state = state;
         answer
+    }
+
+    /// The bundle, before anything needs it.
+    fn land(&mut self, agent: &Agent, id: MigrationId, order: Order) -> Result<Answer, String> {
+        if !matches!(self.state, State::Offered | State::Nursing { .. }) {
+            return Err(format!("tree does not fit: the migration is {} here", self.state.name()));
+        }
+        let landing = match &mut self.landing {
+            Some(landing) => landing,
+            none => none.insert(Landing::begin(agent, id, &self.offer)?),
+        };
+        let complete = landing.take(agent, order)?;
+        let problems = || super::check::problems(agent, &self.offer, true);
+        Ok(if complete { Answer::Offered { problems: problems() } } else { Answer::Done })
     }
 
     /// The container's directory is made by its runtime when it restores; the incubator needs it earlier.
@@ -297,6 +318,8 @@ impl Arrival {
     ) -> Result<(Box<dyn Held>, Option<Box<dyn Wire>>), String> {
         store.is_complete(files).map_err(|e| chain(&e))?;
         let Offer { container, bundle, .. } = &self.offer;
+        // Read by the restored tasks later; what is wrong with it is better said here.
+        crate::image::read(&store.images()).map_err(|e| chain(&e))?;
         let mut wire = agent.host.wire(bundle, None).map_err(|e| format!("the container's network: {e}"))?;
         if let Some(wire) = &mut wire {
             wire.down().map_err(|e| format!("the container's network: {e}"))?;
@@ -352,6 +375,9 @@ impl Arrival {
         };
         if let Err(why) = run() {
             return (State::Prepared { nursery, store, held, wire }, Err(failed(why)));
+        }
+        if let Some(landing) = self.landing.take() {
+            landing.keep();
         }
         agent.take_over(id, &container, &self.source);
         if let Some(wire) = &mut wire
@@ -433,6 +459,9 @@ impl Arrival {
         }
         if nursed && agent.host.container(container).is_err() {
             remove_dir(agent.doors.of(container));
+        }
+        if let Some(landing) = self.landing.take() {
+            landing.remove();
         }
     }
 }

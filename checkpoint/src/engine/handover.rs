@@ -156,6 +156,7 @@ impl Run<'_> {
 
     /// Streams the image's files.
     pub(super) fn transfer(&mut self) -> Result<(), Stop> {
+        self.copy_changes()?;
         let Some(images) = self.effects.images.as_ref().map(|base| base.join("images")) else {
             return Err(Stop::Failed("there is no image".into()));
         };

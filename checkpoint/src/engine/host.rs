@@ -125,8 +125,13 @@ pub trait Host: Send + Sync + 'static {
         job: &DumpJob,
         gate: &mut dyn FnMut() -> std::result::Result<(), String>,
     ) -> Result<()>;
-    /// Everything that speaks against restoring this container from that bundle here, in sentences.
-    fn examine(&self, id: &str, bundle: &Path) -> Vec<String>;
+    /// Everything that speaks against restoring this container from that bundle here, in sentences. `None`: the bundle
+    /// is still to come.
+    fn examine(&self, id: &str, bundle: Option<&Path>) -> Vec<String>;
+    /// What is not installed here and a container with RDMA needs for its move, in sentences.
+    fn tools(&self) -> Vec<String>;
+    /// Has a bundle that came from another host name this host's devices instead of that one's.
+    fn localise(&self, bundle: &Path) -> Result<()>;
     /// The root file system of a bundle.
     fn rootfs(&self, bundle: &Path) -> Result<PathBuf>;
     /// Files of this host that its runtime may mount at that path of a container, like the shim.

@@ -4,6 +4,7 @@
 //!  source                      destination                 hosts of peers
 //!  ------                      -----------                 --------------
 //!  Negotiate    offer ───────▶ could I?                    whose QPs are these? hold them
+//!  Copy         the bundle ──▶ unpacked, if asked for
 //!  PreSetup     states ──────▶ incubator makes objects     second QP beside each
 //!               join ────────▶ connects them ◀────────────▶ connects the second QPs
 //!  Suspend      own shims                                  shims: hold sends of these QPs
@@ -28,6 +29,7 @@
 //! | [`plan`] | which QP is connected to which, and what that asks of everybody: pure |
 //! | [`source`] | the list of phases, and the one epilogue that undoes |
 //! | [`negotiate`] | whether it can be done, as the source sees it |
+//! | `copy`, `landing` | the bundle, where it has to be sent along: source and destination |
 //! | [`check`] | whether it can be done, as the destination sees it |
 //! | [`setup`] | new objects on the destination and second QPs at peers |
 //! | [`quiet`] | suspension, drain, freeze |
@@ -38,6 +40,7 @@
 //! | [`recover`] | what an agent does about migrations it finds when it starts |
 
 pub mod check;
+mod copy;
 pub mod dest;
 pub mod elf;
 #[cfg(test)]
@@ -45,6 +48,7 @@ pub mod fixture;
 pub mod forward;
 pub mod handover;
 pub mod host;
+mod landing;
 pub mod negotiate;
 mod nursery;
 pub mod plan;
@@ -74,6 +78,9 @@ pub struct MigrateRequest {
     /// Make and connect the new objects before anything is suspended.
     #[serde(default = "yes")]
     pub pre_setup: bool,
+    /// Send the bundle with its root file system along.
+    #[serde(default)]
+    pub copy_rootfs: bool,
     /// Seconds until in-flight work must have completed; the agent's setting if absent.
     #[serde(default)]
     pub drain: Option<u64>,

@@ -1,10 +1,12 @@
 //! Whether it can be done, as the source sees it: finds everybody who takes part, and holds them. Collects every
 //! reason against it, not only the first.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use rdma_virt::id::Vpid;
+use rdma_virt::id::{PGid, Vpid};
 use rdma_virt::msg::{Reply, Request};
 use rdma_virt::saved::ProcessState;
 
@@ -109,11 +111,14 @@ impl Run<'_> {
 
     /// Finds the far ends of all links not found yet, and has their hosts hold their containers.
     pub(super) fn find_peers(&mut self) -> Result<Vec<String>, Stop> {
-        let here = |gid| self.world.agent_of(gid) == LOCAL;
+        // Many links lead to few hosts; finding out whose a GID is may mean asking around.
+        let known = RefCell::new(BTreeMap::<[u8; 16], String>::new());
+        let agent_of = |gid: PGid| known.borrow_mut().entry(gid.0).or_insert_with(|| self.world.agent_of(gid)).clone();
+        let here = |gid| agent_of(gid) == LOCAL;
         let unknown = self.plan.update(&self.states, here, super::forward::random_u32);
-        let mut by_agent: std::collections::BTreeMap<String, Vec<usize>> = Default::default();
+        let mut by_agent: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for at in unknown {
-            by_agent.entry(self.world.agent_of(self.plan.links[at].remote.pgid)).or_default().push(at);
+            by_agent.entry(agent_of(self.plan.links[at].remote.pgid)).or_default().push(at);
         }
         let ask = |(agent, at): &(String, Vec<usize>)| {
             let links = at.iter().map(|i| self.plan.question(*i)).collect();
@@ -181,9 +186,19 @@ impl Run<'_> {
             Ok(version) => version,
             Err(e) => return Ok(vec![format!("CRIU on this host: {e}")]),
         };
+        if !self.states.is_empty() {
+            let missing = self.world.host().tools();
+            if !missing.is_empty() {
+                return Ok(missing);
+            }
+        }
         if !self.request.dry_run {
             self.lease = self.world.lease(&container.id).map_err(Stop::Failed)?;
         }
+        let copy = match self.survey() {
+            Ok(copy) => copy,
+            Err(why) => return Ok(vec![why]),
+        };
         let offer = Offer {
             container: container.id.clone(),
             bundle: container.bundle.clone(),
@@ -196,6 +211,7 @@ impl Run<'_> {
             paused,
             lease: self.lease,
             adopt: true,
+            copy,
         };
         let dry_run = self.request.dry_run;
         self.effects.offered = !dry_run;

@@ -41,6 +41,7 @@ pub fn fate(agent: &Agent, id: MigrationId) -> Fate {
 /// Deals with everything that is neither finished nor aborted nor under way, in the background. Called when the agent
 /// starts, and every now and then: somebody who could not be told may be there again.
 pub fn run(agent: &Arc<Agent>) {
+    super::landing::recover(agent);
     let (records, bad) = match agent.records.all() {
         Ok(found) => found,
         Err(e) => {
@@ -157,6 +158,7 @@ fn finish(agent: &Arc<Agent>, record: Record) {
         to: record.to.clone(),
         dry_run: false,
         pre_setup: true,
+        copy_rootfs: false,
         drain: None,
     };
     let (cancel, log) = (Cancel::default(), Log(id));

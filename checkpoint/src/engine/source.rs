@@ -16,6 +16,7 @@ use rdma_virt::id::{MigrationId, Vpid};
 use rdma_virt::msg::{Reply, Request};
 use rdma_virt::saved::ProcessState;
 
+use super::copy::Copied;
 use super::handover::Dump;
 use super::host::{Container, Wire};
 use super::plan::{PeerProcess, Plan};
@@ -146,6 +147,7 @@ pub struct Run<'a> {
     /// Final, once everybody is suspended.
     pub(super) counts: Counts,
     pub(super) lease: Lease,
+    pub(super) copied: Option<Copied>,
     pub(super) files: Vec<(String, u64)>,
     pub(super) bytes: u64,
 }
@@ -217,6 +219,7 @@ impl<'a> Run<'a> {
             plan: Plan::default(),
             counts: Counts::default(),
             lease: Lease { first: 0, count: 0 },
+            copied: None,
             files: Vec::new(),
             bytes: 0,
         }
@@ -250,6 +253,9 @@ impl<'a> Run<'a> {
         self.phase(Phase::Negotiate, Self::negotiate)?;
         if self.request.dry_run {
             return Ok(());
+        }
+        if self.request.copy_rootfs {
+            self.phase(Phase::Copy, Self::copy)?;
         }
         if self.request.pre_setup {
             self.phase(Phase::PreSetup, Self::set_up)?;

@@ -329,8 +329,14 @@ impl Host for Script {
         gate().map_err(HostError)?;
         self.step("kill", |t| t.killed = true).map_err(HostError)
     }
-    fn examine(&self, _: &str, _: &Path) -> Vec<String> {
+    fn examine(&self, _: &str, _: Option<&Path>) -> Vec<String> {
         Vec::new()
+    }
+    fn tools(&self) -> Vec<String> {
+        Vec::new()
+    }
+    fn localise(&self, _: &Path) -> crate::engine::host::Result<()> {
+        Ok(())
     }
     fn rootfs(&self, _: &Path) -> crate::engine::host::Result<PathBuf> {
         Ok("/".into())
@@ -362,7 +368,14 @@ impl Progress for Quiet {
 }
 
 fn run(fake: &Fake, pre_setup: bool, cancel: &Cancel) -> End {
-    let request = MigrateRequest { container: "m".into(), to: "dst".into(), dry_run: false, pre_setup, drain: None };
+    let request = MigrateRequest {
+        container: "m".into(),
+        to: "dst".into(),
+        dry_run: false,
+        pre_setup,
+        copy_rootfs: false,
+        drain: None,
+    };
     Run::new(fake, ID, &request, cancel, &Quiet).run()
 }
 
@@ -445,7 +458,7 @@ proptest! {
             }
         }
         let (fake, cancel) = (Fake::new(None), Cancel::default());
-        let request = MigrateRequest { container: "m".into(), to: "dst".into(), dry_run: false, pre_setup, drain: None };
+        let request = MigrateRequest { container: "m".into(), to: "dst".into(), dry_run: false, pre_setup, copy_rootfs: false, drain: None };
         let stopper = Stopper { at, seen: Mutex::new(0), cancel: &cancel };
         let end = Run::new(&fake, ID, &request, &cancel, &stopper).run();
         check(&fake, &end);

@@ -26,9 +26,12 @@ pub enum CallError {
     NoIdentity(String),
     #[error("{0:?} is no address of an agent; HOST, HOST:PORT or [IPv6]:PORT is expected")]
     Address(String),
-    #[error("cannot reach the agent at {at}")]
+    #[error("cannot reach the agent at {at} (is it started, and is that its address?)")]
     Dial { at: String, source: io::Error },
-    #[error("the agent at {at} and this one cannot prove to each other who they are")]
+    #[error(
+        "the agent at {at} and this one cannot prove to each other who they are (both need certificates of the same \
+         authority that name their addresses, see `migrrdma pki issue`)"
+    )]
     Tls { at: String, source: FrameError },
     #[error("asking the agent at {at} for {order}")]
     Talk { at: String, order: &'static str, source: FrameError },
@@ -132,7 +135,10 @@ impl Client {
         let until = Instant::now() + deadline;
         let at = self.normalise(at)?;
         let name = order.name();
-        let talk = |source| CallError::Talk { at: at.clone(), order: name, source };
+        let talk = |source| match is_about_certificates(&source) {
+            true => CallError::Tls { at: at.clone(), source },
+            false => CallError::Talk { at: at.clone(), order: name, source },
+        };
         let mut conn = match self.take_idle(&at) {
             Some(conn) => conn,
             None => self.dial(&at, until)?,
@@ -202,6 +208,13 @@ impl Client {
         }
         Ok(Conn { stream, seq: 0 })
     }
+}
+
+/// The other side hears of our certificate after its own has been accepted, so its verdict comes in place of an answer.
+fn is_about_certificates(e: &FrameError) -> bool {
+    let FrameError::Io(e) = e else { return false };
+    let said = e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+    matches!(said, Some(rustls::Error::AlertReceived(_) | rustls::Error::InvalidCertificate(_)))
 }
 
 /// `host`, `host:port`, `1.2.3.4:port`, `[v6]:port` or a bare IPv6 address.

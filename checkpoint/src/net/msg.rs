@@ -62,6 +62,8 @@ pub enum Order {
     Resolve { vgid: VGid, vqpn: VQpn },
     /// These processes live elsewhere now; remember it. → [`Answer::Done`]
     Moved(Vec<MovedProcess>),
+    /// Is this process, which left for you, still yours, or known to have gone on? → [`Answer::Has`]
+    Has { process: Box<MovedProcess> },
     /// Of the source: what became of this migration? → [`Answer::Fate`]
     Fate,
 
@@ -86,6 +88,14 @@ pub enum Order {
     Incubate { states: Vec<ProcessState> },
     /// Connect the new QPs. → [`Answer::Done`]
     Join { links: Vec<JoinLink> },
+    /// The container's bundle comes as a tar archive: all of it, or (`whole` false) what changed since, after these
+    /// paths were removed. → [`Answer::Done`]
+    TreeStart { whole: bool, gone: Vec<Vec<u8>> },
+    /// Its next bytes, at most [`PIECE`]. → [`Answer::Done`]
+    TreePiece { bytes: Vec<u8> },
+    /// It ends. → [`Answer::Offered`] after the whole bundle: what speaks against the container now that it is there;
+    /// else [`Answer::Done`]
+    TreeEnd,
     /// A file of the image begins. → [`Answer::Done`]
     FileStart { name: String, len: u64, mode: u32 },
     /// Its next bytes, at most [`PIECE`]. → [`Answer::Done`]
@@ -111,6 +121,7 @@ impl Order {
             Order::Describe => "describe",
             Order::Resolve { .. } => "resolve",
             Order::Moved(_) => "moved",
+            Order::Has { .. } => "has",
             Order::Fate => "fate",
             Order::Find { .. } => "find",
             Order::Claim { .. } => "claim",
@@ -119,6 +130,7 @@ impl Order {
             Order::Offer { .. } => "offer",
             Order::Incubate { .. } => "incubate",
             Order::Join { .. } => "join",
+            Order::TreeStart { .. } | Order::TreePiece { .. } | Order::TreeEnd => "tree",
             Order::FileStart { .. } | Order::FilePiece { .. } | Order::FileEnd { .. } => "file",
             Order::Restore { .. } => "restore",
             Order::Commit => "commit",
@@ -136,6 +148,7 @@ pub enum Answer {
     Host(HostFacts),
     /// `None`: nothing known of that end here.
     Resolved(Option<Resolved>),
+    Has(bool),
     Fate(Fate),
     Found(Vec<FarEnd>),
     Shim(Reply),
@@ -254,6 +267,17 @@ pub struct Offer {
     /// Range from which QPs made after the move get their virtual numbers.
     pub lease: Lease,
     pub adopt: bool,
+    /// The bundle comes along.
+    pub copy: Option<CopyOffer>,
+}
+
+/// A bundle that is to be copied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyOffer {
+    /// What all copies of the bundle share.
+    pub lineage: String,
+    /// Of all files.
+    pub bytes: u64,
 }
 
 /// What one RDMA process needs of a destination.

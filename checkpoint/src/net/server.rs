@@ -155,6 +155,27 @@ mod tests {
         pki::init(theirs.path()).unwrap();
         let port = start(&identity(ours.path(), "a"));
         let client = Client::new(Ok(identity(theirs.path(), "b").client), port);
-        assert!(client.call("127.0.0.1", None, Order::Describe, SOON).is_err());
+        let refused = client.call("127.0.0.1", None, Order::Describe, SOON).unwrap_err();
+        assert!(refused.to_string().contains("same authority"), "{refused}");
+    }
+
+    #[test]
+    fn a_caller_whose_certificate_is_refused_hears_that_it_is_the_certificate() {
+        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        pki::init(ours.path()).unwrap();
+        pki::init(theirs.path()).unwrap();
+        let port = start(&identity(ours.path(), "a"));
+        // Trusts the server, but was issued by somebody else.
+        let stranger = identity(theirs.path(), "b");
+        std::fs::copy(ours.path().join("ca.pem"), theirs.path().join("ca.pem")).unwrap();
+        let mixed = Identity::load(&TlsFiles {
+            ca: theirs.path().join("ca.pem"),
+            cert: theirs.path().join("b.pem"),
+            key: theirs.path().join("b.key"),
+        });
+        drop(stranger);
+        let client = Client::new(Ok(mixed.unwrap().client), port);
+        let refused = client.call("127.0.0.1", None, Order::Describe, SOON).unwrap_err();
+        assert!(refused.to_string().contains("same authority"), "{refused}");
     }
 }

@@ -75,7 +75,7 @@ impl Call {
 
     fn buffer(&mut self, attr: u16, bytes: usize) -> Slot {
         let buffer = vec![0u64; bytes.div_ceil(8)].into_boxed_slice();
-        // A structure of this interface is at most a few hundred bytes.
+        // Structures of this interface have a few hundred bytes, the one array is asked for in less.
         let len = u16::try_from(bytes).expect("an attribute is shorter than 64 KiB");
         let slot = self.push(attr, len, buffer.as_ptr() as u64);
         self.buffers.push((slot.0, buffer));
@@ -125,6 +125,11 @@ impl Call {
         self.buffer(attr, size_of::<T>())
     }
 
+    /// Room for an array coming out, read with [`Call::words`].
+    pub fn room(&mut self, attr: u16, bytes: usize) -> Slot {
+        self.buffer(attr, bytes)
+    }
+
     /// Performs the command on an open uverbs file.
     ///
     /// `driver_id` is the kernel's number of the device's driver; another device's file refuses it with EINVAL.
@@ -157,6 +162,11 @@ impl Call {
     /// The handle or descriptor number the kernel put into this attribute.
     pub fn number(&self, slot: Slot) -> u64 {
         self.attrs[slot.0].data
+    }
+
+    /// What the kernel wrote into this room.
+    pub fn words(&self, slot: Slot) -> &[u64] {
+        self.buffers.iter().find(|(at, _)| *at == slot.0).map_or(&[], |(_, buffer)| buffer)
     }
 
     /// The structure the kernel wrote into this output.

@@ -12,10 +12,12 @@
 //! | [`context`] | an open device and its commands |
 //! | [`provider`] | what differs between drivers |
 //! | [`sysfs`] | which devices there are |
+//! | [`gids`] | their GIDs, in one question |
 
 pub mod abi;
 pub mod call;
 pub mod context;
+pub mod gids;
 pub mod provider;
 pub mod sysfs;
 #[cfg(test)]

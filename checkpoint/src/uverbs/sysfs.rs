@@ -1,7 +1,7 @@
-//! Which RDMA devices this host has, as sysfs tells: name, uverbs node, driver, node GUID and GID tables. Nothing is
-//! opened but sysfs files, so this works for any user.
+//! Which RDMA devices this host has, as sysfs tells: name, uverbs node, driver, node GUID and GID tables. The tables are
+//! asked of the device itself where that is possible ([`super::gids`]); without access to it sysfs alone is enough.
 
-use super::UverbsError;
+use super::{UverbsError, gids, provider};
 use rdma_virt::id::PGid;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -53,7 +53,7 @@ pub struct Gid {
 
 /// All RDMA devices of this host, ordered by name. An empty list if there are none (or no RDMA in this kernel).
 pub fn devices() -> Result<Vec<Device>, UverbsError> {
-    devices_under(Path::new("/sys/class"))
+    devices_under(Path::new("/sys/class"), Path::new("/dev/infiniband"))
 }
 
 fn read(path: &Path) -> Option<String> {
@@ -72,16 +72,18 @@ fn names(dir: &Path) -> Result<Vec<String>, UverbsError> {
     Ok(names)
 }
 
-fn devices_under(class: &Path) -> Result<Vec<Device>, UverbsError> {
+fn devices_under(class: &Path, nodes: &Path) -> Result<Vec<Device>, UverbsError> {
     let verbs = class.join("infiniband_verbs");
     let mut devices = Vec::new();
     for uverbs in names(&verbs)? {
         let Some(name) = read(&verbs.join(&uverbs).join("ibdev")) else { continue };
         let dir = class.join("infiniband").join(&name);
+        let driver = driver(&dir);
+        let asked = gids::of(&nodes.join(&uverbs), provider::of(&driver).driver_id()).ok();
         devices.push(Device {
-            driver: driver(&dir),
+            driver,
             node_guid: read(&dir.join("node_guid")).and_then(|text| parse_guid(&text)).unwrap_or(0).to_be(),
-            ports: ports(&dir.join("ports"))?,
+            ports: ports(&dir.join("ports"), asked.as_deref())?,
             name,
             uverbs,
         });
@@ -101,27 +103,38 @@ fn driver(dir: &Path) -> String {
     if dir.join("parent").exists() { "rxe".into() } else { "other".into() }
 }
 
-fn ports(dir: &Path) -> Result<Vec<Port>, UverbsError> {
+/// `asked`: what the device itself said about its GIDs.
+fn ports(dir: &Path, asked: Option<&[(u8, Gid)]>) -> Result<Vec<Port>, UverbsError> {
     let mut ports = Vec::new();
     for name in names(dir)? {
         let Ok(number) = name.parse::<u8>() else { continue };
         let port = dir.join(&name);
-        let mut gids = Vec::new();
-        for entry in names(&port.join("gids"))? {
-            let Ok(index) = entry.parse::<u16>() else { continue };
-            let Some(gid) = read(&port.join("gids").join(&entry)).and_then(|text| parse_gid(&text)) else { continue };
-            // The kernel answers EINVAL for the type of an empty entry.
-            let Some(kind) = read(&port.join("gid_attrs/types").join(&entry)) else { continue };
-            if gid.0 != [0; 16] {
-                gids.push(Gid { index, gid, kind: parse_kind(&kind, &port) });
-            }
-        }
+        let mut gids = match asked {
+            Some(list) => list.iter().filter(|(of, _)| *of == number).map(|(_, gid)| *gid).collect(),
+            None => listed_gids(&port)?,
+        };
         gids.sort_by_key(|gid| gid.index);
         let active = read(&port.join("state")).is_some_and(|state| state.starts_with("4:"));
         ports.push(Port { number, active, gids });
     }
     ports.sort_by_key(|port| port.number);
     Ok(ports)
+}
+
+/// The GID table of a port, place by place.
+fn listed_gids(port: &Path) -> Result<Vec<Gid>, UverbsError> {
+    let mut gids = Vec::new();
+    for entry in names(&port.join("gids"))? {
+        let Ok(index) = entry.parse::<u16>() else { continue };
+        let Some(gid) = read(&port.join("gids").join(&entry)).and_then(|text| parse_gid(&text)) else { continue };
+        if gid.0 == [0; 16] {
+            continue;
+        }
+        // The kernel answers EINVAL for the type of an empty entry.
+        let Some(kind) = read(&port.join("gid_attrs/types").join(&entry)) else { continue };
+        gids.push(Gid { index, gid, kind: parse_kind(&kind, port) });
+    }
+    Ok(gids)
 }
 
 fn parse_kind(text: &str, port: &Path) -> u32 {
@@ -167,7 +180,7 @@ mod tests {
         write(dev.join("ports/1/gids/10"), "0000:0000:0000:0000:0000:ffff:0a0a:0002\n");
         write(dev.join("ports/1/gid_attrs/types/10"), "RoCE v2\n");
         write(dev.join("ports/1/gids/2"), "0000:0000:0000:0000:0000:0000:0000:0000\n");
-        let found = devices_under(class).unwrap();
+        let found = devices_under(class, class).unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(
             (found[0].name.as_str(), found[0].uverbs.as_str(), found[0].driver.as_str()),
@@ -184,6 +197,6 @@ mod tests {
     #[test]
     fn a_host_without_rdma_has_no_devices() {
         let root = tempfile::tempdir().unwrap();
-        assert_eq!(devices_under(root.path()).unwrap(), []);
+        assert_eq!(devices_under(root.path(), root.path()).unwrap(), []);
     }
 }

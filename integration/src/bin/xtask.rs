@@ -150,7 +150,8 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Scenarios { args } => {
             let options = scenario::Options::from_args(args.into_iter())?;
             let all = options.all || !options.filters.is_empty();
-            let moves = scenarios::migration::GROUPS.iter().flat_map(|g| g.iter()).copied();
+            let moves = scenarios::migration::GROUPS.iter().flat_map(|g| g.iter());
+            let moves = moves.chain(scenarios::bad_input::CLAIMS).copied();
             let moves: Vec<_> = moves.filter(|s| all || SETTLED.contains(&s.name)).collect();
             let tally = scenario::run(&[scenario::fabric::FABRIC, &moves], &options)?;
             return Ok(if tally.failed() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });

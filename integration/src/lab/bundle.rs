@@ -84,6 +84,13 @@ impl Bundle {
         Ok(dir)
     }
 
+    /// Makes only the network namespace, for a bundle that comes from another
+    /// node. [`remove`] takes both away.
+    pub fn make_network(&self, node: &Node) -> Result<()> {
+        self.check()?;
+        node.sh(&format!("set -eu\n{}", self.network())).map(drop).with_context(|| format!("network of {}", self.name))
+    }
+
     fn fill(&self, node: &Node, dir: &str, devices: &[Device]) -> Result<()> {
         for (local, inside) in &self.copies {
             node.push(local, &format!("{dir}/rootfs{inside}"))?;
@@ -121,10 +128,10 @@ impl Bundle {
         format!("vh{}", &content_key(&[self.name.as_bytes()])[..12])
     }
 
-    fn script(&self, dir: &str) -> String {
+    fn network(&self) -> String {
         let name = &self.name;
         let veth = self.veth();
-        let network = match &self.ip {
+        let interface = match &self.ip {
             None => String::new(),
             Some(ip) => {
                 // The same address has the same MAC on every node, so that
@@ -139,13 +146,17 @@ ip -n {name} link set eth0 up
                 )
             }
         };
+        format!("ip netns add {name}\nip -n {name} link set lo up\n{interface}")
+    }
+
+    fn script(&self, dir: &str) -> String {
+        let name = &self.name;
+        let network = self.network();
         format!(
             "set -eu
 if [ -e {dir} ]; then echo 'bundle {name} exists already; remove it with `cargo xtask lab unbundle`' >&2; exit 1; fi
 mkdir -p {dir}/rootfs {dir}/upper {dir}/work
 mount -t overlay lab-{name} -o lowerdir=/srv/lab/rootfs,upperdir={dir}/upper,workdir={dir}/work {dir}/rootfs
-ip netns add {name}
-ip -n {name} link set lo up
 {network}"
         )
     }

@@ -63,24 +63,36 @@ impl NodeSpec {
         format!("52:54:00:1a:{net:02x}:{:02x}", self.number)
     }
 
-    /// Shell script that configures the freshly booted node; run once, before
-    /// its snapshot is taken.
-    pub fn setup_script(&self) -> String {
-        let n = self.number;
-        let dev = self.rdma_device;
-        let unlike = self.name == "dst";
-        // Two more addresses ahead of the one that counts move its GID index,
-        // a misc module shifts rdma_cm's minor, a device made and deleted
-        // first takes rxe0/uverbs0 away.
-        let (before_ip, before_rxe, after_rxe) = if unlike {
+    fn is_unlike(&self) -> bool {
+        self.name == "dst"
+    }
+
+    /// Shell lines that make the RDMA device, with the name and number it has
+    /// on this node: a misc module shifts rdma_cm's minor, a device made and
+    /// deleted first takes rxe0/uverbs0 away.
+    pub fn make_device(&self) -> String {
+        let (before, after) = if self.is_unlike() {
             (
-                "ip addr add 192.0.2.2/32 dev rdma\nip addr add 198.51.100.2/32 dev rdma\n",
                 "modprobe vsock\nip link add dummy0 type dummy\nip link set dummy0 up\n\
                  rdma link add rxe0 type rxe netdev dummy0\n",
                 "rdma link delete rxe0\nip link delete dummy0\n",
             )
         } else {
-            ("", "", "")
+            ("", "")
+        };
+        format!("{before}rdma link add {} type rxe netdev rdma\n{after}", self.rdma_device)
+    }
+
+    /// Shell script that configures the freshly booted node; run once, before
+    /// its snapshot is taken.
+    pub fn setup_script(&self) -> String {
+        let n = self.number;
+        let dev = self.rdma_device;
+        let device = self.make_device();
+        // Two more addresses ahead of the one that counts move its GID index.
+        let before_ip = match self.is_unlike() {
+            true => "ip addr add 192.0.2.2/32 dev rdma\nip addr add 198.51.100.2/32 dev rdma\n",
+            false => "",
         };
         format!(
             "set -eu
@@ -97,8 +109,7 @@ ip addr add 10.20.0.{n}/24 dev br-lan
 tc qdisc replace dev rdma root pfifo limit 20000
 tc qdisc replace dev lan root pfifo limit 20000
 modprobe rdma_rxe
-{before_rxe}rdma link add {dev} type rxe netdev rdma
-{after_rxe}modprobe rdma_ucm
+{device}modprobe rdma_ucm
 udevadm settle -t 30
 for i in $(seq 100); do
   rdma link show {dev}/1 | grep -q 'state ACTIVE' && break

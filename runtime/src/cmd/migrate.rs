@@ -21,6 +21,7 @@ pub fn run(args: &MigrateArgs) -> Result<i32> {
         to: args.to.clone(),
         dry_run: args.dry_run,
         pre_setup: !args.no_pre_setup,
+        copy_rootfs: args.copy_rootfs,
         drain: args.drain_timeout,
     });
     let stops = stop_signals()?;

@@ -6,6 +6,7 @@
 //! is the proof.
 
 mod checkers;
+mod copies;
 mod failures;
 mod perftest;
 mod places;
@@ -16,4 +17,4 @@ use crate::scenario::Scenario;
 
 /// All claims about migration, the most telling ones first.
 pub const GROUPS: &[&[Scenario]] =
-    &[checkers::CLAIMS, places::CLAIMS, perftest::CLAIMS, processes::CLAIMS, failures::CLAIMS];
+    &[checkers::CLAIMS, places::CLAIMS, perftest::CLAIMS, processes::CLAIMS, failures::CLAIMS, copies::CLAIMS];

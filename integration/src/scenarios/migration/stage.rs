@@ -158,6 +158,25 @@ impl<'a> Stage<'a> {
         Ok(summary)
     }
 
+    /// Moves a container together with its bundle.
+    pub fn carry(&mut self, name: &str, to: &str) -> Result<()> {
+        let out = self.try_migrate(name, to, &["--copy-rootfs"])?;
+        ensure!(out.success(), "{name} was not carried to {to}: {}\n{}", out.errors(), tail(&out.text()));
+        let done = json_lines(&out.text()).filter(|v| v["event"] == "done").last();
+        let summary = done.context("the migration printed no summary")?["summary"].clone();
+        let copy = summary["spans"].as_array().and_then(|s| s.iter().find(|s| s["phase"] == "copy").cloned());
+        let took = copy.and_then(|s| s["seconds"].as_f64()).context("nothing was copied")?;
+        let pause = summary["frozen_seconds"].as_f64().unwrap_or(0.0);
+        self.ctx.note(format!("{name} → {to}: copied in {took:.1} s, frozen for {:.0} ms", pause * 1000.0));
+        self.moved(name, to)
+    }
+
+    /// Takes over a container that was started by other means.
+    pub fn adopt(&mut self, name: &str, at: &str, homes: &[&str]) {
+        let homes = homes.iter().map(ToString::to_string).collect();
+        self.cast.push(Actor { name: name.to_owned(), at: at.to_owned(), homes });
+    }
+
     /// Notes that a migration started by other means has succeeded.
     pub fn moved(&mut self, name: &str, to: &str) -> Result<()> {
         let actor = self.cast.iter_mut().find(|a| a.name == name).with_context(|| format!("no {name}"))?;
