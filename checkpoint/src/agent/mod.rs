@@ -158,6 +158,7 @@ impl Agent {
         admin::refuse_second(&self.config.admin())?;
         self.forget_lost_guests();
         self.doors.serve(self.clone()).map_err(wrap)?;
+        engine::dest::forget_old(&self.config.state_dir);
         engine::recover::run(self);
         match &self.identity {
             Ok(identity) => {

@@ -14,7 +14,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -554,6 +554,15 @@ fn tell_shims(
             Err(e) => Err(chain(&e)),
         })
         .collect()
+}
+
+/// Removes images that were arriving when the agent ended: what it had restored of them ended with it, and a source
+/// keeps its own until the destination runs. Called before anything can arrive.
+pub fn forget_old(state_dir: &Path) {
+    let dir = state_dir.join("incoming");
+    for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+        remove_dir(entry.path());
+    }
 }
 
 /// Asks the sources of quiet migrations what became of them. Called every now and then.
