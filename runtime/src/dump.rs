@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::criu_plan::{self, Common, Directories, MASK};
 use crate::gate::Gate;
+use crate::seal::{self, Seal};
 use crate::store::{self, ContainerHandle};
 use crate::{criu_version, destroy, handed, keeper, stdio};
 
@@ -84,6 +85,9 @@ pub struct ImageFacts {
     /// Size at the dump of each file among the keys of descriptors.
     #[serde(default)]
     pub sizes: BTreeMap<String, u64>,
+    /// The files of the image itself.
+    #[serde(default)]
+    pub seal: Seal,
 }
 
 impl ImageFacts {
@@ -135,6 +139,7 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
         shim: handle.sidecar.shim.clone(),
         outside,
         sizes: BTreeMap::new(),
+        seal: Seal::new(),
     };
     run(&handle, opts, options, keys, facts, gate)?;
     drop(dirs);
@@ -198,6 +203,7 @@ fn write_facts(handle: &ContainerHandle, dir: &Path, keys: &[String], mut facts:
         }
     }
     stdio::write(dir, keys)?;
+    facts.seal = seal::take(dir)?;
     store::write_json(&dir.join(FACTS), &facts)
 }
 

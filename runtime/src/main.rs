@@ -35,6 +35,7 @@ mod record;
 mod report;
 mod restore;
 mod rootfs;
+mod seal;
 mod stdio;
 mod store;
 mod tenant;

@@ -22,7 +22,7 @@ use crate::dump::ImageFacts;
 use crate::gate::Gate;
 use crate::launch::{self, Prepared};
 use crate::store::{self, ContainerHandle};
-use crate::{console, destroy, mountpoints, procfs, stdio};
+use crate::{console, destroy, mountpoints, procfs, seal, stdio};
 
 /// Log of restores, a name engines know.
 pub const LOG: &str = "restore.log";
@@ -104,6 +104,9 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
         bail!("{} holds no checkpoint: inventory.img is missing", options.common.image_path.display());
     }
     let facts = ImageFacts::read(&options.common.image_path)?;
+    if let Some(facts) = &facts {
+        seal::check(&options.common.image_path, &facts.seal)?;
+    }
     let shim = facts.as_ref().and_then(|facts| facts.shim.as_deref());
     let prepared = launch::prepare(&options.bundle, &options.id, options.systemd_cgroup, shim)?;
     if shim.is_some() && prepared.shim.is_none() {

@@ -138,7 +138,10 @@ fn hostile(path: &str, kind: tar::EntryType, link: &str) -> Vec<u8> {
     header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
     header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
     header.set_entry_type(kind);
-    (header.set_mode(0o644), header.set_uid(0), header.set_gid(0), header.set_mtime(0));
+    header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
     header.set_size(if kind == tar::EntryType::Regular { 4 } else { 0 });
     header.set_cksum();
     let mut out = header.as_bytes().to_vec();

@@ -175,9 +175,14 @@ fn images_on_disk(ctx: &mut Context) -> Result<()> {
     for (what, how, words) in [
         ("no image", "rm -r /tmp/bad", &["/tmp/bad"][..]),
         ("an empty directory", "rm /tmp/bad/*", &["/tmp/bad", "no checkpoint"]),
-        ("a lost end", "truncate -s -1 /tmp/bad/core-1.img", &["CRIU restore failed"]),
-        ("lost pages", "truncate -s 100 /tmp/bad/pages-1.img", &["CRIU restore failed"]),
-        ("garbage", "head -c 300 /dev/urandom > /tmp/bad/inventory.img", &["CRIU restore failed"]),
+        ("a lost end", "truncate -s -1 /tmp/bad/core-1.img", &["core-1.img", "bytes instead of", "take a new one"]),
+        ("lost pages", "truncate -s 100 /tmp/bad/pages-1.img", &["pages-1.img", "100 bytes instead of"]),
+        (
+            "a flipped byte",
+            "printf X | dd of=/tmp/bad/core-1.img bs=1 seek=60 conv=notrunc status=none",
+            &["core-1.img", "altered"],
+        ),
+        ("garbage", "head -c 300 /dev/urandom > /tmp/bad/inventory.img", &["inventory.img", "instead of"]),
         (
             "a newer version",
             "sed -i 's/\"version\":1/\"version\":9/' /tmp/bad/migrrdma.json && grep -q '\"version\":9' /tmp/bad/migrrdma.json",
@@ -209,7 +214,7 @@ cp /tmp/other/dst.pem /etc/migrrdma/pki/node.pem
 cp /tmp/other/dst.key /etc/migrrdma/pki/node.key
 systemctl restart migrrdma-agent")?;
     let result = answering(&dst).and_then(|()| {
-        not_moved(&stage, &pair, "another authority", "dst", &["10.10.0.2", "same authority", "pki issue"])
+        not_moved(&stage, &pair, "another authority", "dst", &["the agent at dst", "same authority", "pki issue"])
     });
     dst.sh("rm -r /etc/migrrdma/pki /tmp/other; mv /tmp/pki.good /etc/migrrdma/pki; systemctl restart migrrdma-agent")?;
     answering(&dst)?;

@@ -48,7 +48,7 @@ pub fn run(args: &MigrateArgs) -> Result<i32> {
             Event::Possible => return Ok(0),
             Event::Refused { reasons } => {
                 let title = format!("container {} cannot be moved to {}", args.id, args.to);
-                bail!("{title}:{}", reasons.iter().map(|r| format!("\n  - {r}")).collect::<String>())
+                bail!("{title}: {}", reasons.join("; "))
             }
             Event::Undone { phase, why, left } => {
                 let left: String = left.iter().map(|l| format!("\n  - not undone: {l}")).collect();
