@@ -43,12 +43,23 @@ pub struct RdmaImage {
 }
 
 /// How the restored process gets its kernel objects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum HandOver {
     /// An incubator made them before; CRIU plugs them in.
+    #[default]
     Adopt,
     /// The shim makes them again inside the restored process; CRIU plugs in placeholders.
     Rebuild,
+}
+
+impl std::fmt::Display for HandOver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            HandOver::Adopt => "adopt",
+            HandOver::Rebuild => "rebuild",
+        })
+    }
 }
 
 /// A number that only holders of the image know; not shown in logs.

@@ -6,6 +6,7 @@
 //! - **frozen** is what a program that only computes notices: from the cgroup freeze on the source (start of
 //!   [`Phase::Freeze`]) until the destination let the tasks run (within [`Phase::Commit`]).
 
+use crate::image::HandOver;
 use crate::phase::Phase;
 use serde::{Deserialize, Serialize};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -29,6 +30,9 @@ pub struct Summary {
     /// See the module's text. `None` if the migration ended before.
     pub pause_seconds: Option<f64>,
     pub frozen_seconds: Option<f64>,
+    /// How the kernel objects came over; `None` for a container without RDMA.
+    #[serde(default)]
+    pub hand_over: Option<HandOver>,
     /// Bytes of image sent to the destination.
     pub image_bytes: u64,
     /// QPs that moved, and QPs of peers that changed over.

@@ -8,7 +8,7 @@
 //! The first frame on every connection is [`Hello`], from the shim. Encoding and sockets are not here.
 
 use crate::id::{MigrationId, PGid, PQpn, PRkey, VGid, VQpn, VRkey, Vpid};
-use crate::saved::{AdoptedProcess, ProcessState};
+use crate::saved::{AdoptedProcess, ProcessState, RebuildProcess, RebuiltQp};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. An agent accepts this one and the one before.
@@ -100,6 +100,11 @@ pub enum Request {
     /// ones, let held sends go out. Also undoes [`Request::Freeze`]. Without a migration under way: no effect.
     /// → [`Reply::Done`]
     Abort,
+    /// Of the moving process, on the destination, where nobody made kernel objects for it: make every object again
+    /// through the library, behind the same numbers of files, and do what [`Request::Adopt`] does after that; connect
+    /// the QPs of the links given. Sends stay held. There is no way back, so it may be repeated after a failure, and
+    /// with more links: what is done already is not done again. → [`Reply::Rebuilt`]
+    Rebuild(RebuildProcess),
 }
 
 /// Which QPs a suspension is about.
@@ -172,6 +177,11 @@ pub enum Reply {
     /// In one sentence: what could not be done, on which object.
     Refused {
         why: String,
+    },
+    /// The new QPs' numbers, and remote keys as in [`Reply::Adopted`].
+    Rebuilt {
+        qps: Vec<RebuiltQp>,
+        keys: KeyTable,
     },
 }
 

@@ -269,3 +269,44 @@ pub struct AdoptedMr {
     pub plkey: PLkey,
     pub prkey: PRkey,
 }
+
+// ---- what a process makes by itself on the destination --------------------------------------------------------------
+
+/// What one process needs to make its kernel objects again by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebuildProcess {
+    pub vpid: Vpid,
+    pub contexts: Vec<RebuildContext>,
+    /// QPs whose remote ends are known. Those that are missing are connected by a later request.
+    pub links: Vec<RebuildLink>,
+}
+
+/// Where one of its devices is opened again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebuildContext {
+    pub id: ObjId,
+    /// Device name on the destination.
+    pub device: String,
+    /// As in [`AdoptedContext::sgid_index`].
+    pub sgid_index: Vec<SgidMap>,
+}
+
+/// How one of its new QPs is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebuildLink {
+    pub context: ObjId,
+    pub qp: ObjId,
+    pub remote: Remote,
+    /// First PSN this end sends with, and the one it expects. 24 bits.
+    pub sq_psn: u32,
+    pub rq_psn: u32,
+}
+
+/// The number of a QP that was made again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebuiltQp {
+    pub context: ObjId,
+    pub qp: ObjId,
+    pub vqpn: VQpn,
+    pub pqpn: PQpn,
+}

@@ -461,6 +461,24 @@ pub struct StatusArgs {
     pub config: Option<PathBuf>,
 }
 
+/// See [`checkpoint::image::HandOver`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum HandOver {
+    /// They are made before, and handed to the restored processes
+    Adopt,
+    /// The restored processes make them again by themselves
+    Rebuild,
+}
+
+impl From<HandOver> for checkpoint::image::HandOver {
+    fn from(how: HandOver) -> Self {
+        match how {
+            HandOver::Adopt => Self::Adopt,
+            HandOver::Rebuild => Self::Rebuild,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
     /// Address of the destination's agent
@@ -479,6 +497,9 @@ pub struct MigrateArgs {
     /// runs, then what it changed. Its own network namespace must be there
     #[arg(long)]
     pub copy_rootfs: bool,
+    /// How its processes get their RDMA objects on the other host [default: adopt if their devices' drivers can do it]
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub hand_over: Option<HandOver>,
     /// Longest wait for traffic in flight to complete
     #[arg(long, value_name = "SECONDS")]
     pub drain_timeout: Option<u64>,

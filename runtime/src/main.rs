@@ -29,6 +29,7 @@ mod localise;
 mod migration_host;
 mod monitor;
 mod mountpoints;
+mod nodes;
 mod procfs;
 mod progress;
 mod record;

@@ -94,7 +94,8 @@ fn plain(event: &Event) {
 }
 
 fn done(s: &Summary) {
-    println!("done: {} QPs moved, {} QPs of peers changed over", s.qps_moved, s.qps_switched);
+    let how = s.hand_over.map_or(String::new(), |how| format!(" (hand-over: {how})"));
+    println!("done: {} QPs moved, {} QPs of peers changed over{how}", s.qps_moved, s.qps_switched);
     let sent = s.spans.iter().find(|span| span.phase == Phase::Transfer).map_or(0.0, |span| span.seconds);
     println!("image {:.1} MiB, sent in {}", s.image_bytes as f64 / f64::from(1 << 20), time(sent));
     if let Some(pause) = s.pause_seconds {

@@ -22,7 +22,7 @@ use crate::dump::ImageFacts;
 use crate::gate::Gate;
 use crate::launch::{self, Prepared};
 use crate::store::{self, ContainerHandle};
-use crate::{console, destroy, mountpoints, procfs, seal, stdio};
+use crate::{console, destroy, mountpoints, nodes, procfs, seal, stdio};
 
 /// Log of restores, a name engines know.
 pub const LOG: &str = "restore.log";
@@ -187,7 +187,10 @@ fn restore_in(
                     false => Ok(()),
                 }
                 .and_then(|()| gate.setup_namespaces(pid)),
-                ("post-restore", Some(pid), _) => born(&mut handle, pid).and_then(|()| gate.post_restore(pid)),
+                ("post-restore", Some(pid), _) => {
+                    nodes::adapt(spec, pid);
+                    born(&mut handle, pid).and_then(|()| gate.post_restore(pid))
+                }
                 ("orphan-pts-master", _, Some(fd)) => match &options.console_socket {
                     Some(socket) => console::send(socket, &fd),
                     None => {

@@ -11,8 +11,10 @@ use rdma_virt::id::ObjId;
 use crate::abi::{ibv_comp_channel, ibv_context};
 use crate::context::ShadowContext;
 use crate::entry::entry;
-use crate::gate;
+use crate::errno::Errno;
+use crate::real::verbs;
 use crate::registry;
+use crate::{descriptors, gate};
 
 /// A completion channel as the application sees it.
 #[repr(C)]
@@ -50,6 +52,26 @@ impl ShadowChannel {
     pub fn fd(&self) -> i32 {
         // SAFETY: the real channel of a shadow that is not dead.
         unsafe { (*self.real()).fd }
+    }
+
+    /// Stands for a new channel of the present device from now on, whose file gets the number the application knows.
+    pub fn rebuild(&self) -> Result<(), Errno> {
+        // SAFETY: the real context of a live shadow; a channel known to nobody else.
+        unsafe {
+            let made = verbs::create_comp_channel(self.ctx.real())?;
+            if made.is_null() {
+                return Err(Errno::last());
+            }
+            match descriptors::take_place((*made).fd, self.fd()) {
+                Ok(now) => (*made).fd = now,
+                Err(e) => {
+                    let _ = verbs::destroy_comp_channel(made);
+                    return Err(Errno(e.raw_os_error().unwrap_or(libc::EIO)));
+                }
+            }
+            self.real.store(made, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// Shows the application as many CQs on this channel as the library counts.

@@ -16,9 +16,10 @@ use crate::abi::{EXTENDED, ibv_context, ibv_device, verbs_context};
 use crate::entry::entry;
 use crate::errno::Errno;
 use crate::provider;
+use crate::real::verbs;
 use crate::registry::{self, Shadow};
 use crate::tables::{LocalKeys, Qpns};
-use crate::{control, gate, ops};
+use crate::{control, descriptors, gate, ops};
 
 /// What the application was told about its device on the host it opened it on. Once the process has moved, queries are
 /// answered from here.
@@ -106,19 +107,25 @@ impl ShadowContext {
         unsafe { (*self.real()).async_fd }
     }
 
+    /// What the application opened, wherever the process is now.
     pub(crate) fn device(&self) -> *mut ibv_device {
-        // SAFETY: as above.
-        unsafe { (*self.real()).device }
+        // SAFETY: the visible part lives as long as this one; the member is written once.
+        unsafe { (*self.visible()).device }
     }
 
-    /// Name of the kernel's device, for example `rxe0`.
+    /// Name of the device the application opened, for example `rxe0`.
     pub fn device_name(&self) -> String {
-        let device = self.device();
-        if device.is_null() {
-            return String::new();
+        // SAFETY: libibverbs keeps a device as long as a context of it.
+        unsafe { name_of(self.device()) }
+    }
+
+    /// The kernel's name of the driver, as this host's agent reads it too.
+    pub fn driver_name(&self) -> String {
+        match self.driver() {
+            // SAFETY: the real context lives as long as this one is not dead, and keeps its device.
+            "other" => provider::kernel_driver(&unsafe { name_of((*self.real()).device) }),
+            known => known.to_owned(),
         }
-        // SAFETY: an array of chars that ends in NUL, written once by libibverbs.
-        unsafe { CStr::from_ptr((*device).name.as_ptr()) }.to_string_lossy().into_owned()
     }
 
     /// Which of the providers we know drives it: `rxe` or `other`.
@@ -132,6 +139,26 @@ impl ShadowContext {
     /// kernel refuses `write` on it.
     pub fn set_handed_over(&self, value: bool) {
         provider::rxe::set_handed_over(self.cmd_fd(), value);
+    }
+
+    /// Opens the device of that name and stands for it from now on. The files get the numbers the application knows.
+    /// What libibverbs held of the device before is not touched any more: it speaks of another host's.
+    pub fn rebuild(&self, name: &str) -> Result<(), Errno> {
+        let opened = open(name)?;
+        // SAFETY: just opened, known to nobody else; the old one is only read.
+        unsafe {
+            let numbers = (self.cmd_fd(), self.async_fd());
+            let moved = descriptors::take_place((*opened).cmd_fd, numbers.0)
+                .inspect(|now| (*opened).cmd_fd = *now)
+                .and_then(|_| descriptors::take_place((*opened).async_fd, numbers.1))
+                .inspect(|now| (*opened).async_fd = *now);
+            if let Err(e) = moved {
+                let _ = verbs::close_device(opened);
+                return Err(Errno(e.raw_os_error().unwrap_or(libc::EIO)));
+            }
+        }
+        self.real.store(opened, Ordering::Release);
+        Ok(())
     }
 
     /// Asks the real device everything a [`View`] holds.
@@ -158,6 +185,16 @@ impl ShadowContext {
     }
 }
 
+/// # Safety
+/// `device` is null or one that libibverbs keeps.
+unsafe fn name_of(device: *mut ibv_device) -> String {
+    if device.is_null() {
+        return String::new();
+    }
+    // SAFETY: an array of chars that ends in NUL, written once by libibverbs.
+    unsafe { CStr::from_ptr((*device).name.as_ptr()) }.to_string_lossy().into_owned()
+}
+
 /// The live objects of a device, in order of creation.
 macro_rules! objects {
     ($($name:ident: $ty:ty;)*) => {
@@ -175,6 +212,28 @@ objects! {
     srqs: crate::srq::ShadowSrq;
     qps: crate::qp::ShadowQp;
     mrs: crate::mr::ShadowMr;
+}
+
+/// libibverbs' context of the device with that name.
+fn open(name: &str) -> Result<*mut ibv_context, Errno> {
+    let mut n = 0;
+    // SAFETY: the list ends in null and is given back; an open context keeps its device.
+    unsafe {
+        let list = verbs::get_device_list(&raw mut n)?;
+        if list.is_null() {
+            return Err(Errno::last());
+        }
+        let devices = std::slice::from_raw_parts(list, usize::try_from(n).unwrap_or(0));
+        let opened = match devices.iter().find(|d| name_of(**d) == name) {
+            Some(device) => {
+                let context = verbs::open_device(*device)?;
+                if context.is_null() { Err(Errno::last()) } else { Ok(context) }
+            }
+            None => Err(Errno(libc::ENODEV)),
+        };
+        verbs::free_device_list(list)?;
+        opened
+    }
 }
 
 /// The extended table `real` is the last member of, if it reaches back to the field at `offset` of our table.

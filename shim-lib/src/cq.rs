@@ -25,6 +25,7 @@ use crate::events::Deliveries;
 use crate::lock::{Spin, SpinGuard};
 use crate::provider;
 use crate::qp::Settled;
+use crate::real::verbs;
 use crate::registry;
 use crate::tables::Owner;
 use crate::{blockers, gate};
@@ -355,6 +356,33 @@ impl ShadowCq {
             (*real).async_events_completed = 0;
             libc::pthread_mutex_unlock(addr_of_mut!((*real).mutex));
         }
+    }
+
+    /// Stands for a new CQ of the present device from now on. Returns where the old one was mapped.
+    pub fn rebuild(&self) -> Result<Option<QueueMap>, Errno> {
+        let this: *const Self = self;
+        let channel = self.channel.as_ref().map_or(null_mut(), |c| c.real());
+        let ctx = self.ctx.real();
+        provider::rxe::record_maps();
+        // SAFETY: real objects of live shadows.
+        let made = unsafe {
+            // Another NIC may have fewer vectors; which one it is makes no difference but to speed.
+            let vector = self.comp_vector as c_int % (*ctx).num_comp_vectors.max(1);
+            verbs::create_cq(ctx, self.cqe_asked() as c_int, this.cast_mut().cast(), channel, vector)
+        };
+        let maps = provider::rxe::take_maps();
+        let made = made?;
+        if made.is_null() {
+            return Err(Errno::last());
+        }
+        let mut core = self.core.lock();
+        // SAFETY: the real context and the CQ the library just returned; nobody polls while the lock is held.
+        unsafe {
+            (*made).cq_context = this.cast_mut().cast();
+            core.poll = (*ctx).ops.poll_cq;
+        }
+        self.real.store(made, Ordering::Release);
+        Ok(std::mem::replace(&mut *self.map.lock().unwrap_or_else(PoisonError::into_inner), maps.into_iter().next()))
     }
 
     /// Raises an event on this CQ's channel, for a program that waits for one the old kernel object owed it.

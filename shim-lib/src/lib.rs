@@ -18,6 +18,7 @@
 //! | [`ops`], [`query`], [`events`], [`cq_ex`] | op tables, questions, events, readers |
 //! | [`tables`], [`convert`], [`lock`] | virtual and physical numbers; work requests; the queues' lock |
 //! | [`provider`], [`helper_qp`] | what is known of Soft-RoCE; raising an event |
+//! | [`descriptors`] | a new open file behind a number the application knows |
 //! | [`control`] | the thread that talks to the agent |
 #![allow(missing_debug_implementations, reason = "shadow objects are C memory; their ids are in the messages")]
 
@@ -29,6 +30,7 @@ mod control;
 mod convert;
 mod cq;
 mod cq_ex;
+mod descriptors;
 mod entry;
 mod errno;
 mod events;

@@ -11,6 +11,8 @@ use rdma_virt::id::ObjId;
 use crate::abi::{ibv_context, ibv_pd};
 use crate::context::ShadowContext;
 use crate::entry::entry;
+use crate::errno::Errno;
+use crate::real::verbs;
 use crate::registry::{self, Shadow};
 use crate::{blockers, gate};
 
@@ -66,6 +68,17 @@ impl ShadowPd {
     pub fn handle(&self) -> u32 {
         // SAFETY: the real PD of a shadow that is not dead.
         unsafe { (*self.real()).handle }
+    }
+
+    /// Stands for a new PD of the present device from now on.
+    pub fn rebuild(&self) -> Result<(), Errno> {
+        // SAFETY: the real context of a live shadow.
+        let made = unsafe { verbs::alloc_pd(self.ctx.real()) }?;
+        if made.is_null() {
+            return Err(Errno::last());
+        }
+        self.real.store(made, Ordering::Release);
+        Ok(())
     }
 
     /// Points the library's object at another kernel object.

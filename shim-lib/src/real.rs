@@ -71,7 +71,8 @@ impl Symbol {
 pub mod verbs {
     use super::Symbol;
     use crate::abi::{
-        ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
+        ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr,
+        ibv_qp_init_attr, ibv_srq, ibv_srq_init_attr,
     };
     use crate::errno::Errno;
     use libc::{c_int, c_uint, c_void, ssize_t};
@@ -95,6 +96,14 @@ pub mod verbs {
     real! {
         "IBVERBS_1.1" fn ibv_ack_cq_events as ack_cq_events(cq: *mut ibv_cq, n: c_uint) -> ();
         "IBVERBS_1.1" fn ibv_ack_async_event as ack_async_event(event: *mut ibv_async_event) -> ();
+        "IBVERBS_1.1" fn ibv_get_device_list as get_device_list(num: *mut c_int) -> *mut *mut ibv_device;
+        "IBVERBS_1.1" fn ibv_free_device_list as free_device_list(list: *mut *mut ibv_device) -> ();
+        "IBVERBS_1.1" fn ibv_open_device as open_device(device: *mut ibv_device) -> *mut ibv_context;
+        "IBVERBS_1.1" fn ibv_close_device as close_device(context: *mut ibv_context) -> c_int;
+        "IBVERBS_1.1" fn ibv_alloc_pd as alloc_pd(context: *mut ibv_context) -> *mut ibv_pd;
+        "IBVERBS_1.0" fn ibv_create_comp_channel as create_comp_channel(context: *mut ibv_context) -> *mut ibv_comp_channel;
+        "IBVERBS_1.0" fn ibv_destroy_comp_channel as destroy_comp_channel(channel: *mut ibv_comp_channel) -> c_int;
+        "IBVERBS_1.1" fn ibv_create_srq as create_srq(pd: *mut ibv_pd, attr: *mut ibv_srq_init_attr) -> *mut ibv_srq;
         "IBVERBS_1.1" fn ibv_create_cq as create_cq(context: *mut ibv_context, cqe: c_int, cq_context: *mut c_void, channel: *mut ibv_comp_channel, vector: c_int) -> *mut ibv_cq;
         "IBVERBS_1.1" fn ibv_create_qp as create_qp(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp;
         "IBVERBS_1.1" fn ibv_modify_qp as modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int;

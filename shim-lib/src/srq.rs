@@ -21,6 +21,7 @@ use crate::errno::Errno;
 use crate::events::Deliveries;
 use crate::lock::Spin;
 use crate::pd::ShadowPd;
+use crate::real::verbs;
 use crate::registry;
 use crate::{blockers, gate, provider};
 
@@ -198,6 +199,29 @@ impl ShadowSrq {
             side.book.remembered_posted(*name);
         }
         Ok(names.len())
+    }
+
+    /// Stands for a new SRQ of the present device from now on. Returns where the old one was mapped.
+    pub fn rebuild(&self) -> Result<Option<QueueMap>, Errno> {
+        let this: *const Self = self;
+        let attr = ibv_srq_attr { max_wr: self.max_wr(), max_sge: self.max_sge, srq_limit: self.limit() };
+        let mut ask = ibv_srq_init_attr { srq_context: this.cast_mut().cast(), attr };
+        provider::rxe::record_maps();
+        // SAFETY: a real PD; attributes of ours.
+        let made = unsafe { verbs::create_srq(self.pd.real(), &raw mut ask) };
+        let maps = provider::rxe::take_maps();
+        let made = made?;
+        if made.is_null() {
+            return Err(Errno::last());
+        }
+        let mut side = self.side.lock();
+        // SAFETY: live real objects; nobody posts while the lock is held.
+        unsafe {
+            (*made).srq_context = this.cast_mut().cast();
+            side.post = (*self.pd.ctx().real()).ops.post_srq_recv;
+        }
+        self.real.store(made, Ordering::Release);
+        Ok(std::mem::replace(&mut *self.map.lock().unwrap_or_else(PoisonError::into_inner), maps.into_iter().next()))
     }
 
     /// Points the library's object at another, new kernel object.

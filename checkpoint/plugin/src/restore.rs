@@ -24,6 +24,9 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 /// How long the incubator may take for one answer, seconds.
 const PATIENCE_S: i64 = 20;
 
+/// Longer than anything a provider maps, bytes.
+const LONGEST: u64 = 1 << 32;
+
 /// A restore of a container with RDMA.
 #[derive(Debug)]
 pub struct Restore {
@@ -106,11 +109,10 @@ impl Restore {
         maps.find(|map| map.addr == addr).map(|map| map.len)
     }
 
-    /// Memory as long as the queue was.
+    /// Memory as long as the queue was. Of a provider nobody knows, no shim reports what it maps (doorbell pages, for
+    /// instance): there it is longer than any, and takes no memory until it is touched, which nobody does.
     fn placeholder(&self, vpid: i32, addr: u64) -> Result<Place, String> {
-        let len = self.queue(vpid, addr).ok_or_else(|| {
-            format!("process {vpid} maps an RDMA device at {addr:#x}, which is no queue its shim reported")
-        })?;
+        let len = self.queue(vpid, addr).unwrap_or(LONGEST);
         let memory = memfd_create(c"migrrdma-queue", MFdFlags::MFD_CLOEXEC)
             .and_then(|fd| nix::unistd::ftruncate(&fd, len as i64).map(|()| fd))
             .map_err(|e| format!("cannot make a placeholder of {len} bytes for the queue at {addr:#x}: {e}"))?;

@@ -46,6 +46,7 @@ pub fn verb(request: &Request) -> &'static str {
         Request::Drain { .. } => "drain",
         Request::Freeze => "freeze",
         Request::Adopt(_) => "adopt",
+        Request::Rebuild(_) => "rebuild its objects",
         Request::Switch { .. } => "switch",
         Request::Resume => "resume",
         Request::Abort => "abort",

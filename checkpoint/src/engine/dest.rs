@@ -27,6 +27,7 @@ use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::landing::Landing;
 use super::store::Store;
 use crate::agent::{Agent, chain, is_plain_name, lock, procs};
+use crate::image::HandOver;
 use crate::net::msg::{Answer, BornQp, Fate, Offer, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
@@ -82,6 +83,8 @@ struct Arrival {
     source: String,
     offer: Offer,
     states: Vec<ProcessState>,
+    /// What the restored processes make by themselves; empty where an incubator does it.
+    rebuild: super::rebuild::Here,
     state: State,
     /// The bundle that comes along.
     landing: Option<Landing>,
@@ -171,8 +174,15 @@ fn consider(
     if problems.is_empty() && !dry_run {
         let source = SocketAddr::new(from.ip(), offer.from_port).to_string();
         let container = offer.container.clone();
-        let arrival =
-            Arrival { source, offer, states: Vec::new(), state: State::Offered, landing: None, heard: Instant::now() };
+        let arrival = Arrival {
+            source,
+            offer,
+            states: Vec::new(),
+            rebuild: Default::default(),
+            state: State::Offered,
+            landing: None,
+            heard: Instant::now(),
+        };
         lock(&agent.desk.0).insert(id, Entry { container, arrival: Arc::new(Mutex::new(arrival)) });
     }
     Ok(Answer::Offered { problems })
@@ -220,6 +230,15 @@ impl Arrival {
             (State::Running { nursery, store, held, keys: Some(keys) }, Order::Adopt) => {
                 let answer = Answer::Adopted { keys: keys.clone() };
                 (State::Running { nursery, store, held, keys: Some(keys) }, Ok(answer))
+            }
+            (State::Running { nursery, store, held, keys }, Order::Rebuild { links }) => {
+                match self.rebuild.run(agent, id, &self.offer.container, held.init(), &links) {
+                    Ok((qps, keys)) => {
+                        let answer = Answer::Rebuilt { qps, keys: keys.clone() };
+                        (State::Running { nursery, store, held, keys: Some(keys) }, Ok(answer))
+                    }
+                    Err(why) => (State::Running { nursery, store, held, keys }, Err(failed(why))),
+                }
             }
             (State::Running { nursery, store, held, keys }, Order::Finish) => {
                 self.finish(agent, id, nursery, store);
@@ -342,6 +361,15 @@ impl Arrival {
             (None, _) => Ok(Vec::new()),
         };
         let held = held?;
+        if self.offer.hand_over == HandOver::Rebuild {
+            match super::rebuild::Here::look(&store.images(), held.init()) {
+                Ok(here) => self.rebuild = here,
+                Err(why) => {
+                    give_up(held);
+                    return Err(why);
+                }
+            }
+        }
         match missing {
             Ok(list) if list.is_empty() => Ok((held, wire)),
             Ok(list) => {
@@ -402,8 +430,9 @@ impl Arrival {
             None => Ok(Vec::new()),
             Some(report) => report.map_err(|e| format!("the incubator: {e}")),
         };
-        let keys =
-            adopted.and_then(|list| tell_shims(agent, id, &container, alive(agent, &container, held.init(), list)));
+        let keys = adopted.and_then(|list| {
+            tell_shims(agent, id, &container, alive(agent, &container, held.init(), list, |a| a.vpid))
+        });
         match keys {
             Ok(keys) => {
                 if let Some(nursery) = nursery.take()
@@ -512,48 +541,58 @@ fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>,
 
 /// Those of the processes that still exist. One that ended after the move has nothing to take any more; its objects
 /// went with it.
-fn alive(agent: &Agent, container: &str, init: i32, adopted: Vec<AdoptedProcess>) -> Vec<AdoptedProcess> {
+pub(super) fn alive<T>(agent: &Agent, container: &str, init: i32, all: Vec<T>, vpid: impl Fn(&T) -> Vpid) -> Vec<T> {
     if !procs::is_alive(init) {
         // Its pid namespace ended with it.
         return Vec::new();
     }
     // What cannot be looked into may have all of them.
-    let Ok(found) = agent.host.container(container) else { return adopted };
-    let Ok(processes) = procs::of_cgroup(&found.cgroup) else { return adopted };
-    let there = |a: &AdoptedProcess| processes.iter().any(|p| p.vpid == a.vpid);
-    adopted.into_iter().filter(there).collect()
+    let Ok(found) = agent.host.container(container) else { return all };
+    let Ok(processes) = procs::of_cgroup(&found.cgroup) else { return all };
+    all.into_iter().filter(|one| processes.iter().any(|p| p.vpid == vpid(one))).collect()
 }
 
-/// Every restored process' shim takes its new objects, at the same time.
+/// Every restored process' shim takes its new objects.
 fn tell_shims(
     agent: &Agent,
     id: MigrationId,
     container: &str,
     adopted: Vec<AdoptedProcess>,
 ) -> Result<Vec<(Vpid, KeyTable)>, String> {
-    let vpids: Vec<Vpid> = adopted.iter().map(|a| a.vpid).collect();
+    let asks = adopted.into_iter().map(|a| (a.vpid, Request::Adopt(a))).collect();
+    let deadline = Duration::from_secs(agent.config.deadlines.answer);
+    ask_shims(agent, id, container, asks, deadline)?
+        .into_iter()
+        .map(|(vpid, reply)| match reply {
+            Reply::Adopted { keys } => Ok((vpid, keys)),
+            _ => Err(format!("pid {} answered adopt with something else", vpid.0)),
+        })
+        .collect()
+}
+
+/// Asks shims of restored processes, which are still connecting, at the same time. All have to answer.
+pub(super) fn ask_shims(
+    agent: &Agent,
+    id: MigrationId,
+    container: &str,
+    asks: Vec<(Vpid, Request)>,
+    deadline: Duration,
+) -> Result<Vec<(Vpid, Reply)>, String> {
+    let vpids: Vec<Vpid> = asks.iter().map(|(vpid, _)| *vpid).collect();
     let wait = Duration::from_secs(agent.config.deadlines.reconnect);
     let shims = agent.shims.wait_for(container, &vpids, wait).map_err(|missing| {
         let missing: Vec<String> = missing.iter().map(|v| v.0.to_string()).collect();
         format!("pids {} have not connected within {} s", missing.join(", "), wait.as_secs())
     })?;
-    let deadline = Duration::from_secs(agent.config.deadlines.answer);
     let asked: Vec<_> = thread::scope(|scope| {
         let running: Vec<_> = shims
             .iter()
-            .zip(adopted)
-            .map(|(shim, a)| scope.spawn(move || (a.vpid, shim.ask(Some(id), Request::Adopt(a), deadline))))
+            .zip(asks)
+            .map(|(shim, (vpid, request))| scope.spawn(move || (vpid, shim.ask(Some(id), request, deadline))))
             .collect();
         running.into_iter().map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
     });
-    asked
-        .into_iter()
-        .map(|(vpid, reply)| match reply {
-            Ok(Reply::Adopted { keys }) => Ok((vpid, keys)),
-            Ok(_) => Err(format!("pid {} answered adopt with something else", vpid.0)),
-            Err(e) => Err(chain(&e)),
-        })
-        .collect()
+    asked.into_iter().map(|(vpid, reply)| reply.map(|r| (vpid, r)).map_err(|e| chain(&e))).collect()
 }
 
 /// Removes images that were arriving when the agent ended: what it had restored of them ended with it, and a source

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::{Plan, Switches};
 use super::source::{Run, Stop, confused};
+use crate::image::HandOver;
 use crate::net::msg::{Answer, Lease, Order};
 use crate::record::{State, now};
 
@@ -25,6 +26,8 @@ pub(super) struct Forward {
     pub plan: Plan,
     pub states: Vec<ProcessState>,
     pub lease: Lease,
+    #[serde(default)]
+    pub hand_over: HandOver,
 }
 
 /// 16 random bytes.
@@ -47,7 +50,12 @@ pub fn random_u32() -> u32 {
 impl Run<'_> {
     /// The point of no return: a record on disk. Then the tasks here end, and the destination lets its own run.
     pub(super) fn commit(&mut self) -> Result<(), Stop> {
-        let forward = Forward { plan: self.plan.clone(), states: self.states.clone(), lease: self.lease };
+        let forward = Forward {
+            plan: self.plan.clone(),
+            states: self.states.clone(),
+            lease: self.lease,
+            hand_over: self.hand_over,
+        };
         self.record.plan =
             serde_json::to_value(forward).map_err(|e| Stop::Failed(format!("the plan cannot be written down: {e}")))?;
         self.record.peers = self.plan.peer_containers();
@@ -98,6 +106,20 @@ impl Run<'_> {
         if self.states.is_empty() {
             return Ok(());
         }
+        let keys = match self.hand_over {
+            HandOver::Adopt => self.adopt()?,
+            HandOver::Rebuild => self.rebuild()?,
+        };
+        let Switches { peers, inside } = self.plan.switches(&keys);
+        let name = self.request.container.clone();
+        self.tell_everybody(&keys);
+        let peers = peers.into_iter().map(|(p, r)| (p.agent, p.container, p.vpid, r));
+        let inside = inside.into_iter().map(|(vpid, r)| (self.to.clone(), name.clone(), vpid, r));
+        self.all_forward("switch", peers.chain(inside).collect());
+        Ok(())
+    }
+
+    fn adopt(&mut self) -> Result<Vec<(Vpid, KeyTable)>, Stop> {
         let adopt = Duration::from_secs(self.world.config().deadlines.reconnect) + self.answer_time() * 2;
         let mut keys: Vec<(Vpid, KeyTable)> = Vec::new();
         self.again("handing the new objects to the moved processes", |run| {
@@ -107,13 +129,7 @@ impl Run<'_> {
             }
             Ok(())
         })?;
-        let Switches { peers, inside } = self.plan.switches(&keys);
-        let name = self.request.container.clone();
-        self.tell_everybody(&keys);
-        let peers = peers.into_iter().map(|(p, r)| (p.agent, p.container, p.vpid, r));
-        let inside = inside.into_iter().map(|(vpid, r)| (self.to.clone(), name.clone(), vpid, r));
-        self.all_forward("switch", peers.chain(inside).collect());
-        Ok(())
+        Ok(keys)
     }
 
     /// The new location, for tables of agents. One that misses it asks its way through.
@@ -143,7 +159,7 @@ impl Run<'_> {
 
     /// One request to many shims; each is repeated until it succeeds, the shim has ended, or the time is over. Nothing
     /// that fails here stops the others.
-    fn all_forward(&self, what: &str, asks: Vec<(String, String, Vpid, Request)>) {
+    pub(super) fn all_forward(&self, what: &str, asks: Vec<(String, String, Vpid, Request)>) {
         let until = self.until();
         let ask = |(agent, container, vpid, request): &(String, String, Vpid, Request)| {
             loop {
@@ -172,7 +188,11 @@ impl Run<'_> {
     }
 
     /// Repeats one step.
-    fn again(&mut self, what: &str, mut step: impl FnMut(&mut Self) -> Result<(), Stop>) -> Result<(), Stop> {
+    pub(super) fn again(
+        &mut self,
+        what: &str,
+        mut step: impl FnMut(&mut Self) -> Result<(), Stop>,
+    ) -> Result<(), Stop> {
         let until = self.until();
         let mut told = false;
         loop {

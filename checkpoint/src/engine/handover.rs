@@ -13,7 +13,7 @@ use super::host::{DumpJob, HostError};
 use super::source::{Run, Stop, confused};
 use crate::agent::admin::Event;
 use crate::agent::facts;
-use crate::image::{self, HandOver, ImagedProcess, RdmaImage, Secret, SourceDevice, SourceGid};
+use crate::image::{self, ImagedProcess, RdmaImage, Secret, SourceDevice, SourceGid};
 use crate::net::msg::{Answer, Order, PIECE};
 use crate::phase::Phase;
 
@@ -107,7 +107,7 @@ impl Run<'_> {
             generation: 1,
             secret: Secret(secret()),
             container: self.request.container.clone(),
-            hand_over: HandOver::Adopt,
+            hand_over: self.hand_over,
             host: self.world.config().name.clone(),
             devices: facts::devices()
                 .into_iter()

@@ -20,6 +20,10 @@
 //!  Finish       cleaned        forgets the migration       forget the migration
 //! ```
 //!
+//! That is the *adopt* hand-over. In *rebuild* nothing is made before: the incubator's part falls away, and Switch begins
+//! with the moved processes making their objects again. Only then are the new QPs' numbers known, and the peers' second
+//! QPs connected to them.
+//!
 //! Before the record is on disk every failure undoes everything, and a destination that hears nothing asks. After it
 //! nothing is undone: each step is repeated until it succeeds or its deadline has passed.
 //!
@@ -35,6 +39,7 @@
 //! | [`quiet`] | suspension, drain, freeze |
 //! | [`handover`] | dump, transfer, restore |
 //! | [`forward`] | commit and everything after it |
+//! | [`rebuild`] | objects that the moved processes make by themselves |
 //! | [`dest`] | the receiving side: one state machine per migration |
 //! | [`store`] | where an arriving image is put |
 //! | [`recover`] | what an agent does about migrations it finds when it starts |
@@ -53,6 +58,7 @@ pub mod negotiate;
 mod nursery;
 pub mod plan;
 pub mod quiet;
+pub mod rebuild;
 pub mod recover;
 pub mod setup;
 pub mod source;
@@ -64,6 +70,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::admin::Event;
+use crate::image::HandOver;
 
 /// What an administrator asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +88,9 @@ pub struct MigrateRequest {
     /// Send the bundle with its root file system along.
     #[serde(default)]
     pub copy_rootfs: bool,
+    /// How the processes get their kernel objects; what the provider can do, if absent.
+    #[serde(default)]
+    pub hand_over: Option<HandOver>,
     /// Seconds until in-flight work must have completed; the agent's setting if absent.
     #[serde(default)]
     pub drain: Option<u64>,

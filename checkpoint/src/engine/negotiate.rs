@@ -39,6 +39,7 @@ impl Run<'_> {
             self.note("the container is paused: its processes cannot be asked, so only its surroundings were checked");
         } else {
             reasons.extend(self.look_at_processes()?);
+            reasons.extend(self.choose_hand_over());
         }
         reasons.extend(self.find_peers()?);
         if destination.is_ok() {
@@ -210,7 +211,7 @@ impl Run<'_> {
             image_bytes: resident(&self.list_processes()?),
             paused,
             lease: self.lease,
-            adopt: true,
+            hand_over: self.hand_over,
             copy,
         };
         let dry_run = self.request.dry_run;

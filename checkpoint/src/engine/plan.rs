@@ -81,7 +81,7 @@ fn qps(states: &[ProcessState]) -> impl Iterator<Item = (QpKey, &QpState)> {
     })
 }
 
-fn is_connected(qp: &QpState) -> bool {
+pub(super) fn is_connected(qp: &QpState) -> bool {
     qp.remote.is_some() && matches!(qp.phase, QpPhase::Rtr | QpPhase::Rts | QpPhase::Sqd | QpPhase::Sqe)
 }
 
@@ -214,27 +214,34 @@ impl Plan {
 
     /// How the destination connects its new QPs; an error names a QP it did not make.
     pub fn joins(&self) -> Result<Vec<JoinLink>, String> {
-        self.links
-            .iter()
-            .map(|l| {
-                let (pgid, pqpn) = match &l.far {
-                    Far::Inside(other) => {
-                        let b =
-                            self.born(*other).ok_or_else(|| format!("the destination made no {}", l.remote.vqpn))?;
-                        (b.pgid, b.pqpn)
-                    }
-                    Far::Peer(peer) => {
-                        let second =
-                            l.second.ok_or_else(|| format!("{peer} made no second QP for {}", l.remote.vqpn))?;
-                        (l.remote.pgid, second)
-                    }
-                    Far::AsItWas => (l.remote.pgid, l.remote.pqpn),
-                };
-                let QpKey { vpid, context, qp } = l.near;
-                let remote = Remote { pgid, pqpn, ..l.remote };
-                Ok(JoinLink { vpid, context, qp, remote, sq_psn: l.near_psn, rq_psn: l.far_psn })
-            })
-            .collect()
+        self.links.iter().map(|l| self.join(l)).collect()
+    }
+
+    /// As [`Plan::joins`], without links inside the container: what can be said before any new QP has a number.
+    pub fn joins_outside(&self) -> Result<Vec<JoinLink>, String> {
+        self.links.iter().filter(|l| !matches!(l.far, Far::Inside(_))).map(|l| self.join(l)).collect()
+    }
+
+    /// As [`Plan::joins`], without links to QPs that nobody made: their process has ended since.
+    pub fn joins_known(&self) -> Vec<JoinLink> {
+        self.links.iter().filter_map(|l| self.join(l).ok()).collect()
+    }
+
+    fn join(&self, l: &PlannedLink) -> Result<JoinLink, String> {
+        let (pgid, pqpn) = match &l.far {
+            Far::Inside(other) => {
+                let b = self.born(*other).ok_or_else(|| format!("the destination made no {}", l.remote.vqpn))?;
+                (b.pgid, b.pqpn)
+            }
+            Far::Peer(peer) => {
+                let second = l.second.ok_or_else(|| format!("{peer} made no second QP for {}", l.remote.vqpn))?;
+                (l.remote.pgid, second)
+            }
+            Far::AsItWas => (l.remote.pgid, l.remote.pqpn),
+        };
+        let QpKey { vpid, context, qp } = l.near;
+        let remote = Remote { pgid, pqpn, ..l.remote };
+        Ok(JoinLink { vpid, context, qp, remote, sq_psn: l.near_psn, rq_psn: l.far_psn })
     }
 
     /// Second QPs to be connected, per peer: those never connected, or connected to a QP that was made anew since.

@@ -159,12 +159,13 @@ fn finish(agent: &Arc<Agent>, record: Record) {
         dry_run: false,
         pre_setup: true,
         copy_rootfs: false,
+        hand_over: None,
         drain: None,
     };
     let (cancel, log) = (Cancel::default(), Log(id));
     let world: &dyn World = &**agent;
     let mut run = Run::new(world, id, &request, &cancel, &log);
-    run.go_on(record, forward.plan, forward.states, forward.lease);
+    run.go_on(record, forward);
     if let Err(why) = run.forward_again() {
         eprintln!("{id}: {why}; it will be tried again");
     }

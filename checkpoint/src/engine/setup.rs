@@ -3,6 +3,7 @@
 
 use super::plan::Plan;
 use super::source::{Run, Side, Stop, all_good, confused};
+use crate::image::HandOver;
 use crate::net::msg::{Answer, Order};
 use rdma_virt::msg::{Reply, Request};
 use std::time::Duration;
@@ -18,8 +19,14 @@ impl Run<'_> {
         }
         self.write_record()?;
         self.prepare()?;
-        self.incubate()?;
-        self.join()
+        match self.hand_over {
+            HandOver::Adopt => {
+                self.incubate()?;
+                self.join()
+            }
+            // The rest comes with the switch: there is nothing to connect to yet.
+            HandOver::Rebuild => Ok(()),
+        }
     }
 
     /// After the freeze: what was made, connected or destroyed meanwhile.

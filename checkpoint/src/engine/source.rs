@@ -26,6 +26,7 @@ use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
 use crate::agent::shims::ShimError;
 use crate::agent::{Agent, chain, lock};
+use crate::image::HandOver;
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, Lease, Order, Refusal};
 use crate::phase::Phase;
@@ -144,6 +145,7 @@ pub struct Run<'a> {
     /// Host pids of the RDMA processes.
     pub(super) pids: BTreeMap<Vpid, i32>,
     pub(super) plan: Plan,
+    pub(super) hand_over: HandOver,
     /// Final, once everybody is suspended.
     pub(super) counts: Counts,
     pub(super) lease: Lease,
@@ -217,6 +219,7 @@ impl<'a> Run<'a> {
             states: Vec::new(),
             pids: BTreeMap::new(),
             plan: Plan::default(),
+            hand_over: HandOver::default(),
             counts: Counts::default(),
             lease: Lease { first: 0, count: 0 },
             copied: None,
@@ -274,7 +277,9 @@ impl<'a> Run<'a> {
     }
 
     /// Takes up a committed migration whose agent was restarted.
-    pub(super) fn go_on(&mut self, record: Record, plan: Plan, states: Vec<ProcessState>, lease: Lease) {
+    pub(super) fn go_on(&mut self, record: Record, forward: super::forward::Forward) {
+        let super::forward::Forward { plan, states, lease, hand_over } = forward;
+        self.hand_over = hand_over;
         self.effects.committed = true;
         self.effects.claimed = record.peers.iter().map(|(agent, _)| agent.clone()).collect();
         self.effects.images = Some(self.world.config().state_dir.join("outgoing").join(&record.id));
@@ -418,6 +423,7 @@ impl<'a> Run<'a> {
         Summary {
             image_bytes: self.bytes,
             qps_moved: count(self.states.iter().flat_map(|s| &s.contexts).map(|c| c.qps.len()).sum()),
+            hand_over: (!self.states.is_empty()).then_some(self.hand_over),
             qps_switched: count(self.plan.peer_qps().iter().map(|(_, q)| q.len()).sum()),
             ..self.timeline.summary()
         }

@@ -38,6 +38,9 @@ struct Truth {
     prepared: bool,
     running: bool,
     adopted: bool,
+    /// The new QP has a number; the peer's second one is connected to it.
+    born: bool,
+    connected: bool,
     there_resumed: bool,
     forgotten: bool,
 }
@@ -242,8 +245,13 @@ fn answer(t: &mut Truth, order: Order) -> Answer {
                 Reply::Suspended { counts: vec![Count { vqpn: VQpn(30), sent: 1, received: 1 }] }
             }
             Request::Drain { .. } => Reply::Drained,
+            Request::Connect { links } => {
+                assert!(t.born && t.second && links[0].remote_qpn == PQpn(40), "connected only to what is there");
+                t.connected = true;
+                Reply::Done
+            }
             Request::Switch { .. } => {
-                assert!(t.running && t.adopted, "peers change over only to what is there");
+                assert!(t.running && t.adopted && t.connected, "peers change over only to what is there");
                 (t.switched, t.second) = (true, false);
                 Reply::Done
             }
@@ -260,9 +268,15 @@ fn answer(t: &mut Truth, order: Order) -> Answer {
             Answer::Offered { problems: Vec::new() }
         }
         Order::Incubate { .. } => {
-            let (vpid, context, qp) = (Vpid(7), ObjId(1), ObjId(1));
-            let (vqpn, pqpn, pgid) = (VQpn(17), PQpn(40), PGid(DST));
-            Answer::Incubated { qps: vec![BornQp { vpid, context, qp, vqpn, pqpn, pgid }] }
+            assert!(!t.running, "an incubator makes objects before the process is there");
+            t.born = true;
+            Answer::Incubated { qps: vec![born()] }
+        }
+        Order::Rebuild { links } => {
+            assert!(t.running, "a process that does not run makes no objects");
+            assert_eq!(links[0].remote.pqpn, PQpn(55), "connected to the peer's second QP");
+            (t.born, t.adopted) = (true, true);
+            Answer::Rebuilt { qps: vec![born()], keys: vec![(Vpid(7), KeyTable::default())] }
         }
         Order::Restore { .. } => {
             t.prepared = true;
@@ -284,6 +298,11 @@ fn answer(t: &mut Truth, order: Order) -> Answer {
         }
         _ => Answer::Done,
     }
+}
+
+fn born() -> BornQp {
+    let (vpid, context, qp) = (Vpid(7), ObjId(1), ObjId(1));
+    BornQp { vpid, context, qp, vqpn: VQpn(17), pqpn: PQpn(40), pgid: PGid(DST) }
 }
 
 struct FakeWire(Script);
@@ -367,16 +386,24 @@ impl Progress for Quiet {
     fn event(&self, _: Event) {}
 }
 
-fn run(fake: &Fake, pre_setup: bool, cancel: &Cancel) -> End {
-    let request = MigrateRequest {
+fn request(pre_setup: bool, hand_over: Option<HandOver>) -> MigrateRequest {
+    MigrateRequest {
         container: "m".into(),
         to: "dst".into(),
         dry_run: false,
         pre_setup,
         copy_rootfs: false,
+        hand_over,
         drain: None,
-    };
-    Run::new(fake, ID, &request, cancel, &Quiet).run()
+    }
+}
+
+fn run(fake: &Fake, pre_setup: bool, cancel: &Cancel) -> End {
+    Run::new(fake, ID, &request(pre_setup, None), cancel, &Quiet).run()
+}
+
+fn run_by(fake: &Fake, hand_over: HandOver) -> End {
+    Run::new(fake, ID, &request(true, Some(hand_over)), &Cancel::default(), &Quiet).run()
 }
 
 /// What must hold however it ended.
@@ -424,9 +451,29 @@ fn without_a_failure_it_moves_and_nobody_stays_suspended() {
 }
 
 #[test]
+fn objects_are_made_by_whom_it_was_asked_and_the_summary_says_so() {
+    for (wish, told) in [(None, HandOver::Adopt), (Some(HandOver::Rebuild), HandOver::Rebuild)] {
+        let fake = Fake::new(None);
+        let end = Run::new(&fake, ID, &request(true, wish), &Cancel::default(), &Quiet).run();
+        check(&fake, &end);
+        let End::Done(summary) = end else { panic!("{end:?}") };
+        assert_eq!(summary.hand_over, Some(told));
+        let steps = fake.steps.lock().unwrap().2.join(" ");
+        assert_eq!(steps.contains("incubate"), told == HandOver::Adopt, "{steps}");
+        assert_eq!(steps.contains("rebuild"), told == HandOver::Rebuild, "{steps}");
+    }
+}
+
+#[test]
 fn whichever_single_step_fails_the_container_runs_at_exactly_one_place() {
+    for hand_over in [HandOver::Adopt, HandOver::Rebuild] {
+        any_step_fails(hand_over);
+    }
+}
+
+fn any_step_fails(hand_over: HandOver) {
     let all = Fake::new(None);
-    run(&all, true, &Cancel::default());
+    run_by(&all, hand_over);
     let steps = all.steps.lock().unwrap().0;
     assert!(steps > 25, "{steps}");
     std::thread::scope(|scope| {
@@ -434,7 +481,7 @@ fn whichever_single_step_fails_the_container_runs_at_exactly_one_place() {
             for fault in [Fault::Before, Fault::After] {
                 scope.spawn(move || {
                     let fake = Fake::new(Some((at, fault)));
-                    let end = run(&fake, true, &Cancel::default());
+                    let end = run_by(&fake, hand_over);
                     check(&fake, &end);
                     let committed = fake.records.read(ID).unwrap().is_some_and(|r| r.state == State::Finished);
                     // One failure after the decision is always made up for.
@@ -458,7 +505,7 @@ proptest! {
             }
         }
         let (fake, cancel) = (Fake::new(None), Cancel::default());
-        let request = MigrateRequest { container: "m".into(), to: "dst".into(), dry_run: false, pre_setup, copy_rootfs: false, drain: None };
+        let request = request(pre_setup, None);
         let stopper = Stopper { at, seen: Mutex::new(0), cancel: &cancel };
         let end = Run::new(&fake, ID, &request, &cancel, &stopper).run();
         check(&fake, &end);

@@ -17,7 +17,7 @@
 //! | `serve`, `wire` | handing them to restored tasks |
 
 mod child;
-mod gid;
+pub(crate) mod gid;
 mod objects;
 mod parent;
 mod proto;
@@ -30,6 +30,7 @@ mod tests;
 pub mod wire;
 
 pub use child::main;
+pub(crate) use objects::choose;
 pub use parent::{Incubator, IncubatorError, Spec};
 pub use proto::{Handed, Link, Rights};
 

@@ -179,7 +179,7 @@ impl Objects {
 }
 
 /// The device here that takes the place of the one a context was open on.
-fn choose<'a>(
+pub(crate) fn choose<'a>(
     choice: &BTreeMap<String, String>,
     state: &ContextState,
     here: &'a [Device],

@@ -15,6 +15,8 @@ use rdma_virt::saved::{Build, ProcessState, Remote};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
+use crate::image::HandOver;
+
 /// Version of this protocol; both ends must speak the same.
 pub const VERSION: u16 = 2;
 
@@ -108,6 +110,9 @@ pub enum Order {
     Commit,
     /// Have every shim of the container point its objects at the new ones. → [`Answer::Adopted`]
     Adopt,
+    /// Instead of [`Order::Adopt`], where nothing was made before: have every shim of the container make its objects
+    /// again and connect these, as far as they are known. May be repeated, with more links. → [`Answer::Rebuilt`]
+    Rebuild { links: Vec<JoinLink> },
     /// Everybody runs; the migration is history. → [`Answer::Done`]
     Finish,
     /// Not committed and never will be: nothing of it may stay. → [`Answer::Done`], also for an unknown migration.
@@ -135,6 +140,7 @@ impl Order {
             Order::Restore { .. } => "restore",
             Order::Commit => "commit",
             Order::Adopt => "adopt",
+            Order::Rebuild { .. } => "rebuild",
             Order::Finish => "finish",
             Order::Abandon => "abandon",
         }
@@ -160,6 +166,10 @@ pub enum Answer {
         qps: Vec<BornQp>,
     },
     Adopted {
+        keys: Vec<(Vpid, KeyTable)>,
+    },
+    Rebuilt {
+        qps: Vec<BornQp>,
         keys: Vec<(Vpid, KeyTable)>,
     },
 }
@@ -266,7 +276,8 @@ pub struct Offer {
     pub paused: bool,
     /// Range from which QPs made after the move get their virtual numbers.
     pub lease: Lease,
-    pub adopt: bool,
+    /// How the container's processes get their kernel objects.
+    pub hand_over: HandOver,
     /// The bundle comes along.
     pub copy: Option<CopyOffer>,
 }

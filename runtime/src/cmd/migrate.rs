@@ -22,6 +22,7 @@ pub fn run(args: &MigrateArgs) -> Result<i32> {
         dry_run: args.dry_run,
         pre_setup: !args.no_pre_setup,
         copy_rootfs: args.copy_rootfs,
+        hand_over: args.hand_over.map(Into::into),
         drain: args.drain_timeout,
     });
     let stops = stop_signals()?;

@@ -95,6 +95,7 @@ pub mod qp_state {
     pub const INIT: u32 = 1;
     pub const RTR: u32 = 2;
     pub const RTS: u32 = 3;
+    pub const SQD: u32 = 4;
     pub const ERR: u32 = 6;
 }
 

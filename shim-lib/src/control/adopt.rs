@@ -58,7 +58,7 @@ pub fn adopt(migration: &mut Migration, state: &AdoptedProcess) -> Result<KeyTab
 }
 
 /// The remote key of an MR, if it is no longer what the application hands out.
-fn key(mr: &ShadowMr) -> Option<(VRkey, PRkey)> {
+pub(super) fn key(mr: &ShadowMr) -> Option<(VRkey, PRkey)> {
     let pair = (VRkey(mr.vrkey().0), PRkey(mr.prkey().0));
     (pair.0.0 != pair.1.0).then_some(pair)
 }
@@ -117,7 +117,7 @@ fn receive(ctx: &ShadowContext) -> Result<(), Refused> {
 /// CQs are polled and armed again. One that was armed owes an event for what a drain took out of it: the event of the
 /// old kernel object, if it was raised at all, stayed behind. So does one whose channel had an event that nobody had
 /// read: it may have been this CQ's. (An event too many is legal, one too few is not.)
-fn arm(ctx: &ShadowContext, unread: &[ObjId]) -> Result<(), Refused> {
+pub(super) fn arm(ctx: &ShadowContext, unread: &[ObjId]) -> Result<(), Refused> {
     for cq in ctx.cqs().iter().filter(|o| !o.is_dead()) {
         if cq.armed().is_none() {
             continue;

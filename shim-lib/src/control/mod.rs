@@ -14,7 +14,7 @@
 //! | [`report`] | everything the process has, written down |
 //! | [`peer`] | second QPs: make, connect, switch |
 //! | [`suspend`], [`drain`] | wait-before-stop |
-//! | [`freeze`], [`adopt`] | of the moving process |
+//! | [`freeze`], [`adopt`], [`rebuild`] | of the moving process |
 //! | [`resume`] | the end, good or bad |
 #![expect(unsafe_code, reason = "signal masks and what a fork leaves behind")]
 
@@ -22,6 +22,7 @@ mod adopt;
 mod drain;
 mod freeze;
 mod peer;
+mod rebuild;
 mod report;
 mod resume;
 mod rpc;

@@ -53,7 +53,7 @@ fn context(ctx: &ShadowContext) -> Result<ContextState, Refused> {
     Ok(ContextState {
         id: ctx.id,
         device: ctx.device_name(),
-        driver: ctx.driver().to_owned(),
+        driver: ctx.driver_name(),
         node_guid: view.device.node_guid,
         cmd_fd: ctx.cmd_fd(),
         async_fd: ctx.async_fd(),

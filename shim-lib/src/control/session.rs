@@ -11,6 +11,7 @@ use rdma_virt::msg::{Connect, FromShim, KeyTable, Reply, Request, Scope, ToShim}
 
 use super::drain::Drained;
 use super::freeze::{Epoch, Frozen};
+use super::rebuild::{self, Rebuilt};
 use super::wire::{Conn, WireError};
 use super::{adopt, drain, freeze, note, peer, report, resume, suspend};
 use crate::gate;
@@ -88,8 +89,10 @@ pub struct Migration {
     pub moving: bool,
     pub drained: bool,
     pub frozen: Option<Frozen>,
-    /// What was answered to `Adopt`.
+    /// What was answered to `Adopt` or, without the numbers, to `Rebuild`: every object is the new one.
     pub adopted: Option<KeyTable>,
+    /// How far a rebuild is.
+    pub rebuilt: Option<Rebuilt>,
     /// Second QPs are in use: there is no way back.
     pub switched: bool,
 }
@@ -106,12 +109,13 @@ impl Migration {
             drained: false,
             frozen: None,
             adopted: None,
+            rebuilt: None,
             switched: false,
         }
     }
 
     fn committed(&self) -> bool {
-        self.switched || self.adopted.is_some()
+        self.switched || self.adopted.is_some() || self.rebuilt.is_some()
     }
 }
 
@@ -193,6 +197,7 @@ impl Session {
             }
             Request::Freeze => freeze::freeze(self.under_way()?),
             Request::Adopt(state) => adopt::adopt(self.under_way()?, &state).map(|keys| Reply::Adopted { keys }),
+            Request::Rebuild(asked) => rebuild::rebuild(self.under_way()?, &asked),
             Request::Switch { links, tables } => peer::switch(self.under_way()?, &links, &tables),
             Request::Resume => self.resume(id),
             Request::Abort => self.abort(),
@@ -231,6 +236,9 @@ impl Session {
         };
         if !migration.committed() && !migration.qps.is_empty() {
             return Err(Refused::new("nothing was adopted or switched: the migration can only be aborted"));
+        }
+        if migration.rebuilt.is_some() && migration.adopted.is_none() {
+            return Err(Refused::new("not every object has been made again yet"));
         }
         self.flushing.extend(resume::resume(migration)?);
         self.end();

@@ -7,12 +7,14 @@
 //! | [`life`] | creation, query, end |
 //! | [`modify`] | state changes, remembered so that an equal QP can be made |
 //! | [`second`] | the QP beside the first one, and changing over to it |
+//! | [`rebuild`] | a QP in the place of one that stayed behind on another host |
 //! | [`builder`] | `ibv_wr_*` |
 #![expect(unsafe_code, reason = "C objects by pointer")]
 
 pub mod builder;
 pub mod life;
 pub mod modify;
+pub mod rebuild;
 pub mod recv;
 pub mod second;
 pub mod send;

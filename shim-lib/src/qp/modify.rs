@@ -23,12 +23,14 @@ pub struct Remembered {
     pub attr: QpAttr,
     pub rq_psn: u32,
     pub sq_psn: u32,
+    /// What the remote end expects first from a QP that was moved in RTR: it was told before the application says.
+    pub announced_psn: Option<u32>,
     pub remote: Option<Remote>,
 }
 
 impl Default for Remembered {
     fn default() -> Self {
-        Self { phase: QpPhase::Reset, attr: QpAttr::default(), rq_psn: 0, sq_psn: 0, remote: None }
+        Self { phase: QpPhase::Reset, attr: QpAttr::default(), rq_psn: 0, sq_psn: 0, announced_psn: None, remote: None }
     }
 }
 
@@ -118,6 +120,11 @@ impl ShadowQp {
         self.remembered.lock().unwrap_or_else(PoisonError::into_inner).remote = remote;
     }
 
+    /// Notes what a remote end was told about the first PSN of a QP that is not sending yet.
+    pub(super) fn announce_psn(&self, psn: Option<u32>) {
+        self.remembered.lock().unwrap_or_else(PoisonError::into_inner).announced_psn = psn;
+    }
+
     /// Makes the attributes of a query virtual again.
     pub(crate) fn virtual_attr(&self, attr: &mut ibv_qp_attr) {
         let r = self.attr();
@@ -146,6 +153,11 @@ impl ShadowQp {
         let port = if mask & qp_mask::PORT != 0 { wish.port_num } else { self.attr().attr.port_num };
         if mask & qp_mask::AV != 0 {
             ask.ah_attr.grh.sgid_index = self.ctx().physical_sgid(port, wish.ah_attr.grh.sgid_index);
+        }
+        if mask & qp_mask::SQ_PSN != 0
+            && let Some(psn) = self.attr().announced_psn
+        {
+            ask.sq_psn = psn;
         }
         if mask & qp_mask::ALT_PATH != 0 {
             ask.alt_ah_attr.grh.sgid_index = self.ctx().physical_sgid(port, wish.alt_ah_attr.grh.sgid_index);

@@ -18,12 +18,8 @@ use crate::real::verbs;
 use crate::tables::RemoteKeys;
 
 impl ShadowQp {
-    /// Makes the second QP, in INIT, if there is none yet; its number.
-    pub fn make_second(&self) -> Result<PQpn, Errno> {
-        if let Some(second) = self.links().second {
-            // SAFETY: live until drop_second.
-            return Ok(PQpn(unsafe { (*second.qp).qp_num }));
-        }
+    /// A new QP like this one, on the present CQs, PD and SRQ, in RESET. Its events lead here.
+    pub(super) fn make_equal(&self) -> Result<RealQp, Errno> {
         let mut ask = ibv_qp_init_attr {
             qp_context: std::ptr::from_ref(self).cast_mut().cast(),
             send_cq: self.send_cq().real(),
@@ -46,18 +42,29 @@ impl ShadowQp {
             ([rq, sq], false) => (Some(*rq), Some(*sq)),
             _ => (None, None),
         };
+        // SAFETY: the QP just made.
+        unsafe { (*qp).qp_context = std::ptr::from_ref(self).cast_mut().cast() };
+        Ok(RealQp { qp, sq_map, rq_map })
+    }
+
+    /// Makes the second QP, in INIT, if there is none yet; its number.
+    pub fn make_second(&self) -> Result<PQpn, Errno> {
+        if let Some(second) = self.links().second {
+            // SAFETY: live until drop_second.
+            return Ok(PQpn(unsafe { (*second.qp).qp_num }));
+        }
+        let made = self.make_equal()?;
         let (mut init, mask) = self.steps((PGid([0; 16]), PQpn(0)), 0, 0)[0];
         // SAFETY: the QP just made.
         unsafe {
-            (*qp).qp_context = std::ptr::from_ref(self).cast_mut().cast();
-            if let Err(e) = verbs::modify_qp(qp, &raw mut init, mask).and_then(Errno::check) {
-                let _ = verbs::destroy_qp(qp);
+            if let Err(e) = verbs::modify_qp(made.qp, &raw mut init, mask).and_then(Errno::check) {
+                let _ = verbs::destroy_qp(made.qp);
                 return Err(e);
             }
-            let pqpn = (*qp).qp_num;
+            let pqpn = (*made.qp).qp_num;
             // Its completions, should there be any, are this QP's.
             self.ctx().qpns.insert(PQpn(pqpn), self);
-            self.links().second = Some(RealQp { qp, sq_map, rq_map });
+            self.links().second = Some(made);
             Ok(PQpn(pqpn))
         }
     }

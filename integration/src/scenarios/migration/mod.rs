@@ -11,10 +11,18 @@ mod failures;
 mod perftest;
 mod places;
 mod processes;
+mod rebuild;
 pub mod stage;
 
 use crate::scenario::Scenario;
 
 /// All claims about migration, the most telling ones first.
-pub const GROUPS: &[&[Scenario]] =
-    &[checkers::CLAIMS, places::CLAIMS, perftest::CLAIMS, processes::CLAIMS, failures::CLAIMS, copies::CLAIMS];
+pub const GROUPS: &[&[Scenario]] = &[
+    checkers::CLAIMS,
+    places::CLAIMS,
+    perftest::CLAIMS,
+    processes::CLAIMS,
+    rebuild::CLAIMS,
+    failures::CLAIMS,
+    copies::CLAIMS,
+];

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::stage::Stage;
+use super::stage::{Stage, tail};
 use crate::scenario::fabric::QP_TIMEOUT;
 use crate::scenario::{Context, Scenario};
 
@@ -77,7 +77,10 @@ pub const CLAIMS: &[Scenario] = &[
 fn command(program: &str, node_gid: u8, options: &[&str]) -> Vec<String> {
     let mut argv = vec![program.to_owned()];
     if PERFTEST.contains(&program) {
-        argv.extend(["-F", "-u", QP_TIMEOUT, "-D", "25"].map(str::to_owned));
+        argv.extend(["-F", "-u", QP_TIMEOUT].map(str::to_owned));
+        if !options.contains(&"-D") {
+            argv.extend(["-D", "25"].map(str::to_owned));
+        }
     } else {
         argv.extend(["-g", &node_gid.to_string(), "-n", "20000"].map(str::to_owned));
     }
@@ -86,6 +89,27 @@ fn command(program: &str, node_gid: u8, options: &[&str]) -> Vec<String> {
 }
 
 fn one(ctx: &mut Context, program: &str, end: End, options: &[&str]) -> Result<()> {
+    moved(ctx, program, end, options, |stage, name| stage.migrate(name, "dst").map(drop))
+}
+
+/// `ib_write_bw`'s client makes its objects again by itself, on the way there and on the way back.
+pub fn rebuilt(ctx: &mut Context) -> Result<()> {
+    // Long enough for both moves: what is shown is that traffic goes on after each.
+    moved(ctx, "ib_write_bw", End::Client, &["-q", "4", "-D", "70"], |stage, name| {
+        stage.migrate_by_rebuild(name, "dst")?;
+        std::thread::sleep(Duration::from_secs(2));
+        stage.migrate_by_rebuild(name, "src")
+    })
+}
+
+/// Runs a program's two ends and has one of them moved in the middle.
+fn moved(
+    ctx: &mut Context,
+    program: &str,
+    end: End,
+    options: &[&str],
+    go: impl FnOnce(&mut Stage, &str) -> Result<()>,
+) -> Result<()> {
     ensure!(PERFTEST.contains(&program) || PINGPONG.contains(&program), "{program} is none of those known here");
     let mut stage = Stage::new(ctx);
     let (server_homes, client_homes): (&[&str], &[&str]) = match end {
@@ -98,13 +122,17 @@ fn one(ctx: &mut Context, program: &str, end: End, options: &[&str]) -> Result<(
     stage.run(SERVER, 160, server_homes, &words(&server))?;
     listening(&stage)?;
     stage.run(CLIENT, 161, client_homes, &words(&client))?;
-    connected(&stage)?;
+    connected(&stage, qps(program, options))?;
     // Into the middle of the run, not into its set-up.
     std::thread::sleep(Duration::from_secs(3));
     let moved = if end == End::Client { CLIENT } else { SERVER };
-    stage.migrate(moved, "dst")?;
+    go(&mut stage, moved)?;
     for name in [CLIENT, SERVER] {
-        let text = stage.ended(name)?;
+        let text = stage.ended(name).with_context(|| {
+            // Whichever ended first made the other one fail.
+            let said = |n| tail(&stage.log(n).unwrap_or_default());
+            format!("{SERVER} said:\n{}\n{CLIENT} said:\n{}", said(SERVER), said(CLIENT))
+        })?;
         let proof = if PERFTEST.contains(&program) { "#bytes" } else { "20000 iters" };
         ensure!(text.contains(proof), "{program} in {name} ended with status 0 and without a result:\n{text}");
     }
@@ -123,19 +151,30 @@ fn listening(stage: &Stage) -> Result<()> {
     stage.ctx.peer.sh(&script).map(drop).context("the server does not listen")
 }
 
-/// Waits until the client's QPs are connected.
-fn connected(stage: &Stage) -> Result<()> {
+/// Waits until all QPs of both ends are connected: one that is moved before is another claim.
+fn connected(stage: &Stage, qps: usize) -> Result<()> {
     let start = Instant::now();
+    let ready = |text: &str| {
+        let rc = text.lines().filter(|l| l.contains("type RC"));
+        rc.filter(|l| l.contains("state RTS") || l.contains("state RTR")).count()
+    };
     loop {
-        let text = stage.ctx.src.check(&["rdma", "resource", "show", "qp"])?;
-        if text.contains("state RTS") {
+        let client = stage.ctx.src.check(&["rdma", "resource", "show", "qp"])?;
+        let server = stage.ctx.peer.check(&["rdma", "resource", "show", "qp"])?;
+        if ready(&client) >= qps && ready(&server) >= qps {
             return Ok(());
         }
         if start.elapsed() > Duration::from_secs(60) {
-            bail!("the client did not connect; it said:\n{}\nQPs:\n{text}", stage.log(CLIENT)?);
+            bail!("the QPs were not connected; the client said:\n{}\nQPs:\n{client}\n{server}", stage.log(CLIENT)?);
         }
         std::thread::sleep(Duration::from_millis(200));
     }
+}
+
+/// How many QPs a program makes.
+fn qps(program: &str, options: &[&str]) -> usize {
+    let asked = options.iter().position(|o| *o == "-q").and_then(|i| options.get(i + 1)?.parse().ok());
+    asked.unwrap_or(if program == "ibv_srq_pingpong" { 16 } else { 1 })
 }
 
 fn all(ctx: &mut Context) -> Result<()> {

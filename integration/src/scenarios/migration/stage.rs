@@ -136,7 +136,18 @@ impl<'a> Stage<'a> {
 
     /// Moves a container; the summary of the migration.
     pub fn migrate(&mut self, name: &str, to: &str) -> Result<Value> {
-        let out = self.try_migrate(name, to, &[])?;
+        self.migrate_with(name, to, &[])
+    }
+
+    /// Moves a container whose processes make their objects again by themselves.
+    pub fn migrate_by_rebuild(&mut self, name: &str, to: &str) -> Result<()> {
+        let summary = self.migrate_with(name, to, &["--hand-over", "rebuild"])?;
+        ensure!(summary["hand_over"] == "rebuild", "{name} was moved by another hand-over than asked for: {summary}");
+        Ok(())
+    }
+
+    fn migrate_with(&mut self, name: &str, to: &str, options: &[&str]) -> Result<Value> {
+        let out = self.try_migrate(name, to, options)?;
         let from = self.actor(name)?.at.clone();
         if !out.success() {
             // What the containers say is worth more than the runtime's view.
