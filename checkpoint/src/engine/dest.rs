@@ -16,17 +16,17 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::{MigrationId, ObjId, Vpid};
-use rdma_virt::msg::{KeyTable, Reply, Request};
+use rdma_virt::msg::KeyTable;
 use rdma_virt::saved::{AdoptedProcess, ProcessState, SgidMap};
 
 use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::landing::Landing;
+use super::newcomers::{adopt, alive};
 use super::store::Store;
-use crate::agent::{Agent, chain, is_plain_name, lock, procs};
+use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
 use crate::net::msg::{Answer, BornQp, Fate, Offer, Order, Refusal};
 
@@ -430,9 +430,8 @@ impl Arrival {
             None => Ok(Vec::new()),
             Some(report) => report.map_err(|e| format!("the incubator: {e}")),
         };
-        let keys = adopted.and_then(|list| {
-            tell_shims(agent, id, &container, alive(agent, &container, held.init(), list, |a| a.vpid))
-        });
+        let keys = adopted
+            .and_then(|list| adopt(agent, id, &container, alive(agent, &container, held.init(), list, |a| a.vpid)));
         match keys {
             Ok(keys) => {
                 if let Some(nursery) = nursery.take()
@@ -537,62 +536,6 @@ fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>,
         }
     }
     Ok(qps)
-}
-
-/// Those of the processes that still exist. One that ended after the move has nothing to take any more; its objects
-/// went with it.
-pub(super) fn alive<T>(agent: &Agent, container: &str, init: i32, all: Vec<T>, vpid: impl Fn(&T) -> Vpid) -> Vec<T> {
-    if !procs::is_alive(init) {
-        // Its pid namespace ended with it.
-        return Vec::new();
-    }
-    // What cannot be looked into may have all of them.
-    let Ok(found) = agent.host.container(container) else { return all };
-    let Ok(processes) = procs::of_cgroup(&found.cgroup) else { return all };
-    all.into_iter().filter(|one| processes.iter().any(|p| p.vpid == vpid(one))).collect()
-}
-
-/// Every restored process' shim takes its new objects.
-fn tell_shims(
-    agent: &Agent,
-    id: MigrationId,
-    container: &str,
-    adopted: Vec<AdoptedProcess>,
-) -> Result<Vec<(Vpid, KeyTable)>, String> {
-    let asks = adopted.into_iter().map(|a| (a.vpid, Request::Adopt(a))).collect();
-    let deadline = Duration::from_secs(agent.config.deadlines.answer);
-    ask_shims(agent, id, container, asks, deadline)?
-        .into_iter()
-        .map(|(vpid, reply)| match reply {
-            Reply::Adopted { keys } => Ok((vpid, keys)),
-            _ => Err(format!("pid {} answered adopt with something else", vpid.0)),
-        })
-        .collect()
-}
-
-/// Asks shims of restored processes, which are still connecting, at the same time. All have to answer.
-pub(super) fn ask_shims(
-    agent: &Agent,
-    id: MigrationId,
-    container: &str,
-    asks: Vec<(Vpid, Request)>,
-    deadline: Duration,
-) -> Result<Vec<(Vpid, Reply)>, String> {
-    let vpids: Vec<Vpid> = asks.iter().map(|(vpid, _)| *vpid).collect();
-    let wait = Duration::from_secs(agent.config.deadlines.reconnect);
-    let shims = agent.shims.wait_for(container, &vpids, wait).map_err(|missing| {
-        let missing: Vec<String> = missing.iter().map(|v| v.0.to_string()).collect();
-        format!("pids {} have not connected within {} s", missing.join(", "), wait.as_secs())
-    })?;
-    let asked: Vec<_> = thread::scope(|scope| {
-        let running: Vec<_> = shims
-            .iter()
-            .zip(asks)
-            .map(|(shim, (vpid, request))| scope.spawn(move || (vpid, shim.ask(Some(id), request, deadline))))
-            .collect();
-        running.into_iter().map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
-    });
-    asked.into_iter().map(|(vpid, reply)| reply.map(|r| (vpid, r)).map_err(|e| chain(&e))).collect()
 }
 
 /// Removes images that were arriving when the agent ended: what it had restored of them ended with it, and a source

@@ -41,6 +41,7 @@
 //! | [`forward`] | commit and everything after it |
 //! | [`rebuild`] | objects that the moved processes make by themselves |
 //! | [`dest`] | the receiving side: one state machine per migration |
+//! | `newcomers` | which restored processes still exist, and questions to their shims |
 //! | [`store`] | where an arriving image is put |
 //! | [`recover`] | what an agent does about migrations it finds when it starts |
 
@@ -55,6 +56,7 @@ pub mod handover;
 pub mod host;
 mod landing;
 pub mod negotiate;
+mod newcomers;
 mod nursery;
 pub mod plan;
 pub mod quiet;

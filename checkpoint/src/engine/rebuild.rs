@@ -14,7 +14,7 @@ use rdma_virt::msg::{KeyTable, Reply, Request};
 use rdma_virt::saved::{ContextState, ProcessState, QpState, RebuildContext, RebuildLink, RebuildProcess, SgidMap};
 
 use super::check::inside;
-use super::dest::{alive, ask_shims};
+use super::newcomers::{alive, ask_shims};
 use super::plan::{Far, is_connected};
 use super::source::{Run, Stop, confused};
 use crate::agent::{Agent, chain};

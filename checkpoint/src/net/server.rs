@@ -117,7 +117,15 @@ mod tests {
     }
 
     fn identity(dir: &Path, name: &str) -> Identity {
+        issue(dir, name);
+        load(dir, name)
+    }
+
+    fn issue(dir: &Path, name: &str) {
         pki::issue(dir, name, &["127.0.0.1".parse().unwrap()], &[]).unwrap();
+    }
+
+    fn load(dir: &Path, name: &str) -> Identity {
         Identity::load(&TlsFiles {
             ca: dir.join("ca.pem"),
             cert: dir.join(format!("{name}.pem")),
@@ -166,15 +174,9 @@ mod tests {
         pki::init(theirs.path()).unwrap();
         let port = start(&identity(ours.path(), "a"));
         // Trusts the server, but was issued by somebody else.
-        let stranger = identity(theirs.path(), "b");
+        issue(theirs.path(), "b");
         std::fs::copy(ours.path().join("ca.pem"), theirs.path().join("ca.pem")).unwrap();
-        let mixed = Identity::load(&TlsFiles {
-            ca: theirs.path().join("ca.pem"),
-            cert: theirs.path().join("b.pem"),
-            key: theirs.path().join("b.key"),
-        });
-        drop(stranger);
-        let client = Client::new(Ok(mixed.unwrap().client), port);
+        let client = Client::new(Ok(load(theirs.path(), "b").client), port);
         let refused = client.call("127.0.0.1", None, Order::Describe, SOON).unwrap_err();
         assert!(refused.to_string().contains("same authority"), "{refused}");
     }

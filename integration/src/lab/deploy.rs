@@ -12,6 +12,9 @@ use super::node::Node;
 use super::paths::Paths;
 use crate::setup::run;
 
+/// The agent's unit on every node.
+pub const AGENT: &str = "migrrdma-agent.service";
+
 /// Release artefact and its place on a node.
 const ARTEFACTS: &[(&str, &str)] = &[
     ("migrrdma", "/usr/local/bin/migrrdma"),

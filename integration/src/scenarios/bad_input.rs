@@ -10,12 +10,12 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::migration::stage::{Pair, Stage};
 use crate::lab::bundle::{self, Bundle};
+use crate::lab::deploy::AGENT;
 use crate::lab::node::{Node, Output};
 use crate::lab::wire::Exec;
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(300);
-const AGENT: &str = "migrrdma-agent.service";
 const CRIU: &str = "/usr/sbin/criu";
 const PLUGIN: &str = "/usr/local/lib/migrrdma/criu/libmigrrdma_plugin.so";
 

@@ -107,6 +107,11 @@ fn receive(ctx: &ShadowContext) -> Result<(), Refused> {
     for srq in ctx.srqs().iter().filter(|o| !o.is_dead()) {
         srq.repost().map_err(|e| Refused::new(format!("receives of SRQ {} cannot be posted again: {e}", srq.id.0)))?;
     }
+    repost_to_qps(ctx)
+}
+
+/// Those of QPs that have a receive queue of their own.
+pub fn repost_to_qps(ctx: &ShadowContext) -> Result<(), Refused> {
     for qp in ctx.qps().iter().filter(|o| !o.is_dead()) {
         qp.repost_recvs()
             .map_err(|e| Refused::new(format!("receives of qp {} cannot be posted again: {e}", qp.vqpn().0)))?;

@@ -146,11 +146,7 @@ fn receive(done: &mut Rebuilt, ctx: &ShadowContext) -> Done {
         let posted = if done.emptied.insert(srq.id) { srq.repost() } else { srq.reopen() };
         posted.map_err(|e| Refused::new(format!("receives of SRQ {} cannot be posted again: {e}", srq.id.0)))?;
     }
-    for qp in ctx.qps().iter().filter(|o| !o.is_dead()) {
-        qp.repost_recvs()
-            .map_err(|e| Refused::new(format!("receives of qp {} cannot be posted again: {e}", qp.vqpn().0)))?;
-    }
-    Ok(())
+    adopt::repost_to_qps(ctx)
 }
 
 /// Queues of the other host: a placeholder is mapped there, which nobody reads or writes any more.

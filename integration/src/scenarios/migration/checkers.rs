@@ -5,23 +5,13 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::stage::{Pair, Stage};
+use super::stage::{self, Pair, Stage, plainly};
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(300);
 
-const HOMES: &[&str] = &["src", "dst"];
-
-/// Moves the client along `path` under a load.
 fn client_moves(ctx: &mut Context, path: &[&str], load: &[&str]) -> Result<()> {
-    let mut stage = Stage::new(ctx);
-    let pair = Pair::start(&mut stage, 0, HOMES, &["peer"], load)?;
-    for to in path {
-        stage.migrate(&pair.client, to)?;
-        stage.flow(&pair.client, 200)?;
-    }
-    pair.judge(&mut stage)?;
-    stage.finish()
+    stage::client_moves(ctx, path, load, plainly)
 }
 
 fn server_moves(ctx: &mut Context, load: &[&str]) -> Result<()> {

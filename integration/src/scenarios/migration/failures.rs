@@ -9,11 +9,11 @@ use nix::sys::signal::Signal;
 
 use super::stage::{Pair, Stage};
 use crate::lab::bundle::BUNDLES;
+use crate::lab::deploy::AGENT;
 use crate::lab::node::Output;
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(400);
-const AGENT: &str = "migrrdma-agent.service";
 
 macro_rules! claim {
     ($name:literal, $run:expr) => {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::stage::{CHECKER, Pair, Stage};
+use super::stage::{Pair, Stage, alone_moves, plainly};
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(300);
@@ -27,13 +27,13 @@ pub const CLAIMS: &[Scenario] = &[
         name: "two processes of one container that are connected to each other move together",
         long: false,
         limit: LIMIT,
-        run: |c| alone(c, "pair"),
+        run: |c| alone_moves(c, "pair", plainly),
     },
     Scenario {
         name: "a process that is connected to itself moves",
         long: false,
         limit: LIMIT,
-        run: |c| alone(c, "loopback"),
+        run: |c| alone_moves(c, "loopback", plainly),
     },
     Scenario {
         name: "a moved container's connection survives the reuse of its QP numbers on the old host",
@@ -64,21 +64,6 @@ fn same_host(ctx: &mut Context) -> Result<()> {
         stage.flow(&pair.client, 200)?;
     }
     pair.judge(&mut stage)?;
-    stage.finish()
-}
-
-fn alone(ctx: &mut Context, role: &str) -> Result<()> {
-    let mut stage = Stage::new(ctx);
-    let name = "ck-alone";
-    let command = [CHECKER, role, "--duration", "0", "--qps", "2", "--progress", "1"];
-    stage.run(name, 140, &["src", "dst"], &command)?;
-    stage.flow(name, 200)?;
-    for to in ["dst", "src"] {
-        stage.migrate(name, to)?;
-        stage.flow(name, 200)?;
-    }
-    stage.terminate(name)?;
-    stage.verdict(name)?;
     stage.finish()
 }
 

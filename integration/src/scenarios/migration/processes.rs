@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::stage::{CHECKER, Pair, Stage};
+use super::stage::{CHECKER, Stage, client_moves, plainly};
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(300);
@@ -15,13 +15,13 @@ pub const CLAIMS: &[Scenario] = &[
         name: "both RDMA processes of a container go on after a move",
         long: false,
         limit: LIMIT,
-        run: |c| moves(c, &["--processes", "2", "--qps", "2"]),
+        run: |c| client_moves(c, &["dst", "src"], &["--processes", "2", "--qps", "2"], plainly),
     },
     Scenario {
         name: "a forked child that sleeps beside its parent's RDMA does not disturb a move",
         long: false,
         limit: LIMIT,
-        run: |c| moves(c, &["--sleeping-child", "--qps", "2"]),
+        run: |c| client_moves(c, &["dst", "src"], &["--sleeping-child", "--qps", "2"], plainly),
     },
     Scenario {
         name: "a process started by exec is carried along, or the move is refused and names it",
@@ -30,17 +30,6 @@ pub const CLAIMS: &[Scenario] = &[
         run: exec,
     },
 ];
-
-fn moves(ctx: &mut Context, load: &[&str]) -> Result<()> {
-    let mut stage = Stage::new(ctx);
-    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], load)?;
-    for to in ["dst", "src"] {
-        stage.migrate(&pair.client, to)?;
-        stage.flow(&pair.client, 200)?;
-    }
-    pair.judge(&mut stage)?;
-    stage.finish()
-}
 
 fn exec(ctx: &mut Context) -> Result<()> {
     let mut stage = Stage::new(ctx);

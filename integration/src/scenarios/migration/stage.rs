@@ -294,6 +294,47 @@ impl Pair {
     }
 }
 
+/// One way of moving a container: [`Stage::migrate`], or with the other hand-over.
+pub type Move = fn(&mut Stage<'_>, &str, &str) -> Result<()>;
+
+/// As [`Stage::migrate`].
+pub fn plainly(stage: &mut Stage<'_>, name: &str, to: &str) -> Result<()> {
+    stage.migrate(name, to).map(drop)
+}
+
+/// As [`Stage::migrate_by_rebuild`].
+pub fn by_rebuild(stage: &mut Stage<'_>, name: &str, to: &str) -> Result<()> {
+    stage.migrate_by_rebuild(name, to)
+}
+
+/// Moves the client of a pair along `path` under a load; both ends are judged.
+pub fn client_moves(ctx: &mut Context, path: &[&str], load: &[&str], by: Move) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], load)?;
+    for to in path {
+        by(&mut stage, &pair.client, to)?;
+        stage.flow(&pair.client, 200)?;
+    }
+    pair.judge(&mut stage)?;
+    stage.finish()
+}
+
+/// Moves a container there and back that is connected to nobody but itself.
+pub fn alone_moves(ctx: &mut Context, role: &str, by: Move) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    let name = "ck-alone";
+    let command = [CHECKER, role, "--duration", "0", "--qps", "2", "--progress", "1"];
+    stage.run(name, 140, &["src", "dst"], &command)?;
+    stage.flow(name, 200)?;
+    for to in ["dst", "src"] {
+        by(&mut stage, name, to)?;
+        stage.flow(name, 200)?;
+    }
+    stage.terminate(name)?;
+    stage.verdict(name)?;
+    stage.finish()
+}
+
 /// JSON objects among the lines of a text, prefixes left out.
 pub fn json_lines(text: &str) -> impl Iterator<Item = Value> + '_ {
     text.lines().filter_map(|l| serde_json::from_str(l.get(l.find('{')?..)?).ok())
