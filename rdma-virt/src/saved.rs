@@ -260,6 +260,8 @@ pub struct AdoptedQp {
     pub pqpn: PQpn,
     /// Where the new QP is connected to (`None`: not connected before the move either).
     pub remote: Option<Remote>,
+    /// The first PSN its remote end was told to expect; 0 if there is none. 24 bits.
+    pub sq_psn: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -292,6 +292,7 @@ impl Qp {
             vqpn: self.state.vqpn,
             pqpn: self.qpn,
             remote: self.link.map(|link| link.remote),
+            sq_psn: self.link.map_or(0, |link| link.sq_psn),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use rdma_virt::id::{Handle, ObjId, PRkey, VRkey};
 use rdma_virt::msg::KeyTable;
-use rdma_virt::saved::{AdoptedContext, AdoptedProcess};
+use rdma_virt::saved::{AdoptedContext, AdoptedProcess, QpPhase};
 
 use super::session::{Migration, Refused};
 use crate::context::ShadowContext;
@@ -83,7 +83,10 @@ fn point(ctx: &ShadowContext, adopted: &AdoptedContext) -> Result<(), Refused> {
         let new = adopted.qps.iter().find(|q| q.id == qp.id);
         let new = new.ok_or_else(|| Refused::new(format!("qp {} was not made anew", qp.vqpn().0)))?;
         // A QP that was not connected before keeps what is known of its remote end: nothing.
-        qp.patch(new.handle.0, new.pqpn, new.remote.or(qp.attr().remote));
+        let known = qp.attr();
+        qp.patch(new.handle.0, new.pqpn, new.remote.or(known.remote));
+        let announced = known.phase == QpPhase::Rtr && new.remote.is_some();
+        qp.announce_psn(announced.then_some(new.sq_psn));
     }
     Ok(())
 }

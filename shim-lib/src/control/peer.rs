@@ -8,6 +8,7 @@ use rdma_virt::saved::Remote;
 
 use super::session::{Migration, Refused, alone};
 use crate::qp::ShadowQp;
+use crate::qp::second::Swapped;
 use crate::registry;
 use crate::tables::RemoteKeys;
 
@@ -92,7 +93,11 @@ pub fn switch(migration: &mut Migration, links: &[SwitchLink], tables: &[KeyTabl
             continue;
         };
         migration.switched = true;
-        let done = qp.swap_to_second(remote, Some(keys.clone())).and_then(|()| qp.repost_recvs());
+        let done = qp.swap_to_second(remote, Some(keys.clone())).and_then(|swapped| match swapped {
+            Swapped::Yes => qp.repost_recvs(),
+            // Its own queue is in use still, and gets only what it was not given meanwhile.
+            Swapped::NotConnected => qp.reopen_rq(),
+        });
         match done {
             Ok(_) => {
                 migration.seconds.remove(at);

@@ -94,7 +94,7 @@ unsafe impl Send for RealQp {}
 struct Links {
     now: RealQp,
     /// Made for a peer that moves; not used for traffic yet.
-    second: Option<RealQp>,
+    second: Option<second::Second>,
     /// Left behind by the change-over.
     old: Vec<RealQp>,
 }
@@ -176,7 +176,7 @@ impl ShadowQp {
     /// Whether this real QP is one of ours.
     pub(crate) fn owns(&self, real: *mut ibv_qp) -> bool {
         let links = self.links();
-        links.now.qp == real || links.second.is_some_and(|s| s.qp == real) || links.old.iter().any(|o| o.qp == real)
+        links.now.qp == real || links.second.is_some_and(|s| s.is(real)) || links.old.iter().any(|o| o.qp == real)
     }
 
     pub fn is_dead(&self) -> bool {

@@ -23,7 +23,7 @@ pub struct Remembered {
     pub attr: QpAttr,
     pub rq_psn: u32,
     pub sq_psn: u32,
-    /// What the remote end expects first from a QP that was moved in RTR: it was told before the application says.
+    /// What the remote end expects first from a QP that was made anew in RTR: it was told before the application says.
     pub announced_psn: Option<u32>,
     pub remote: Option<Remote>,
 }
@@ -107,6 +107,16 @@ impl Remembered {
             self.phase = phase(attr.qp_state);
         }
     }
+
+    /// The attributes that do not concern a remote end, as a query gives them.
+    fn fill(&self, attr: &mut ibv_qp_attr) {
+        let a = &self.attr;
+        (attr.pkey_index, attr.port_num, attr.qp_access_flags) = (a.pkey_index, a.port_num, a.access);
+        (attr.max_dest_rd_atomic, attr.max_rd_atomic) = (a.max_dest_rd_atomic, a.max_rd_atomic);
+        (attr.min_rnr_timer, attr.timeout) = (a.min_rnr_timer, a.timeout);
+        (attr.retry_cnt, attr.rnr_retry) = (a.retry_cnt, a.rnr_retry);
+        (attr.rq_psn, attr.sq_psn) = (self.rq_psn, self.sq_psn);
+    }
 }
 
 impl ShadowQp {
@@ -121,15 +131,20 @@ impl ShadowQp {
     }
 
     /// Notes what a remote end was told about the first PSN of a QP that is not sending yet.
-    pub(super) fn announce_psn(&self, psn: Option<u32>) {
+    pub(crate) fn announce_psn(&self, psn: Option<u32>) {
         self.remembered.lock().unwrap_or_else(PoisonError::into_inner).announced_psn = psn;
     }
 
     /// Makes the attributes of a query virtual again.
     pub(crate) fn virtual_attr(&self, attr: &mut ibv_qp_attr) {
         let r = self.attr();
-        if self.pd().ctx().view.read().unwrap_or_else(PoisonError::into_inner).is_some() && r.remote.is_some() {
+        let moved = self.pd().ctx().view.read().unwrap_or_else(PoisonError::into_inner).is_some();
+        if moved && r.remote.is_some() {
             attr.ah_attr.grh.sgid_index = r.attr.sgid_index;
+        }
+        if moved && r.phase == QpPhase::Reset {
+            // A new QP in RESET remembers nothing of what this one was before it was reset.
+            r.fill(attr);
         }
         if let Some(remote) = r.remote {
             if attr.dest_qp_num == remote.pqpn.0 {
@@ -188,7 +203,8 @@ impl ShadowQp {
             // SAFETY: a live visible part; only this call writes the member.
             unsafe { (*self.visible()).state = wish.qp_state };
             if wish.qp_state == qp_state::RESET {
-                *remembered = Remembered::default();
+                // The kernel goes on answering queries with the attributes; where they led to is over.
+                (remembered.remote, remembered.announced_psn) = (None, None);
                 drop(remembered);
                 self.forget_work();
             }

@@ -7,24 +7,11 @@ use std::sync::atomic::Ordering;
 use rdma_virt::id::{PGid, PQpn};
 use rdma_virt::saved::{QpPhase, QueueMap, Remote};
 
+use super::second::{Link, bare, is_connected, modify};
 use super::{RealQp, ShadowQp};
-use crate::abi::{ibv_qp, ibv_qp_attr, qp_mask, qp_state};
+use crate::abi::{qp_mask, qp_state};
 use crate::errno::Errno;
 use crate::real::verbs;
-
-/// # Safety
-/// A live QP of the library's.
-unsafe fn modify(qp: *mut ibv_qp, attr: &mut ibv_qp_attr, mask: i32) -> Result<(), Errno> {
-    // SAFETY: the caller's promise; attributes of ours.
-    unsafe { verbs::modify_qp(qp, attr, mask).and_then(Errno::check) }
-}
-
-fn to(state: u32) -> ibv_qp_attr {
-    // SAFETY: all-zero is a valid attribute struct.
-    let mut attr: ibv_qp_attr = unsafe { std::mem::zeroed() };
-    attr.qp_state = state;
-    attr
-}
 
 impl ShadowQp {
     /// Stands for a new QP of the present device from now on, as far up as it gets without a remote end. Returns where
@@ -68,7 +55,7 @@ impl ShadowQp {
         unsafe {
             modify(made.qp, &mut init, mask)?;
             match phase {
-                QpPhase::Err => modify(made.qp, &mut to(qp_state::ERR), qp_mask::STATE),
+                QpPhase::Err => modify(made.qp, &mut bare(qp_state::ERR), qp_mask::STATE),
                 // A way out of SQE is known for UD only.
                 QpPhase::Sqe => Err(Errno(libc::EOPNOTSUPP)),
                 _ => Ok(()),
@@ -76,26 +63,15 @@ impl ShadowQp {
         }
     }
 
-    /// Connects the QP that [`Self::rebuild`] made, as far up as the old one was. `reached` is how far it is, and is kept
-    /// up to date also when a step fails; the next try goes on from there.
+    /// Connects the QP that [`Self::rebuild`] made, as far up as the old one was; `reached` as in [`Self::climb`].
     pub fn join(&self, remote: Remote, sq_psn: u32, rq_psn: u32, reached: &mut QpPhase) -> Result<(), Errno> {
         let phase = self.attr().phase;
-        if !matches!(phase, QpPhase::Rtr | QpPhase::Rts | QpPhase::Sqd) {
+        if !is_connected(phase) {
             return Err(Errno(libc::EINVAL));
         }
-        let [_, (rtr, rtr_mask), (rts, rts_mask)] = self.steps((remote.pgid, remote.pqpn), sq_psn, rq_psn);
-        let steps = [
-            (QpPhase::Rtr, rtr, rtr_mask),
-            (QpPhase::Rts, rts, rts_mask),
-            (QpPhase::Sqd, to(qp_state::SQD), qp_mask::STATE),
-        ];
-        for (step, mut attr, mask) in steps {
-            if (*reached as u8) < step as u8 && step as u8 <= phase as u8 {
-                // SAFETY: the real QP of a shadow that is not dead.
-                unsafe { modify(self.real(), &mut attr, mask)? };
-                *reached = step;
-            }
-        }
+        let link = Link { gid: remote.pgid, qpn: remote.pqpn, sq_psn, rq_psn };
+        // SAFETY: the real QP of a shadow that is not dead.
+        unsafe { self.climb(self.real(), &link, phase, reached)? };
         self.set_remote(Some(remote));
         self.announce_psn((phase == QpPhase::Rtr).then_some(sq_psn));
         Ok(())
