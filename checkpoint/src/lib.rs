@@ -14,6 +14,7 @@ pub mod criu;
 pub mod engine;
 pub mod image;
 pub mod incubator;
+mod kcmp;
 pub mod moved;
 pub mod net;
 pub mod phase;

@@ -13,6 +13,8 @@ pub enum Phase {
     Copy,
     /// The destination makes the kernel objects, peers a second QP beside each old one; both are connected.
     PreSetup,
+    /// Memory goes to the destination in rounds, while the container runs.
+    PreCopy,
     /// Every end holds new sends.
     Suspend,
     /// What is in flight completes.
@@ -39,10 +41,11 @@ pub enum Phase {
 
 impl Phase {
     /// All, in order.
-    pub const ALL: [Phase; 14] = [
+    pub const ALL: [Phase; 15] = [
         Phase::Negotiate,
         Phase::Copy,
         Phase::PreSetup,
+        Phase::PreCopy,
         Phase::Suspend,
         Phase::WaitBeforeStop,
         Phase::Freeze,
@@ -62,6 +65,7 @@ impl Phase {
             Phase::Negotiate => "negotiate",
             Phase::Copy => "copy",
             Phase::PreSetup => "pre-setup",
+            Phase::PreCopy => "pre-copy",
             Phase::Suspend => "suspend",
             Phase::WaitBeforeStop => "wait-before-stop",
             Phase::Freeze => "freeze",

@@ -33,8 +33,13 @@ pub struct Summary {
     /// How the kernel objects came over; `None` for a container without RDMA.
     #[serde(default)]
     pub hand_over: Option<HandOver>,
-    /// Bytes of image sent to the destination.
+    /// Bytes of image sent to the destination inside the pause.
     pub image_bytes: u64,
+    /// Bytes sent before it, and in how many rounds.
+    #[serde(default)]
+    pub pre_copied_bytes: u64,
+    #[serde(default)]
+    pub pre_copy_rounds: u32,
     /// QPs that moved, and QPs of peers that changed over.
     pub qps_moved: u32,
     pub qps_switched: u32,

@@ -493,6 +493,13 @@ pub struct MigrateArgs {
     /// Make the new RDMA objects inside the pause instead of before it
     #[arg(long)]
     pub no_pre_setup: bool,
+    /// Rounds in which memory is copied while the container runs [default: as many as pay; none for little memory]
+    #[arg(long, value_name = "N")]
+    pub pre_copy_rounds: Option<u32>,
+    /// Go on with rounds until what is left can be copied in this time, and give up, with nothing changed, if it never
+    /// can. The rest of the pause (stop, restore, hand-over) comes on top
+    #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_blackout: Option<u64>,
     /// Send the bundle with its root file system along, for a destination that has none: whole while the container
     /// runs, then what it changed. Its own network namespace must be there
     #[arg(long)]

@@ -32,6 +32,8 @@ pub struct DumpOptions {
     pub common: Common,
     /// Earlier images, relative to the image directory.
     pub parent_path: Option<PathBuf>,
+    /// Memory changes are being tracked: a pre-dump of this container has succeeded.
+    pub tracked: bool,
     /// Memory pages only; the container goes on.
     pub pre_dump: bool,
     pub leave_running: bool,
@@ -49,6 +51,7 @@ impl DumpOptions {
         DumpOptions {
             common: Common::new(image_path),
             parent_path: None,
+            tracked: false,
             pre_dump: false,
             leave_running: false,
             remove: true,
@@ -122,7 +125,8 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
     let common = &options.common;
     check_parent(options)?;
     criu_version::of(&common.criu)?;
-    if (options.pre_dump || options.parent_path.is_some()) && !common.driver(false, LOG).features()?.mem_track {
+    let tracks = options.pre_dump || options.parent_path.is_some();
+    if tracks && !options.tracked && !common.driver(false, LOG).features()?.mem_track {
         bail!("this kernel or CRIU cannot track memory changes; checkpoint without --pre-dump and --parent-path");
     }
     let spec = handle.spec()?;

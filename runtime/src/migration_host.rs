@@ -9,14 +9,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use checkpoint::agent::is_plain_name;
 use checkpoint::criu::rpc::Criu_network_lock_method;
-use checkpoint::engine::host::{self, Container, DumpJob, Held, Host, HostError, Nursery, RestoreJob, Wire};
+use checkpoint::engine::host::{
+    self, Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Wire,
+};
 use checkpoint::incubator::{Incubator, Rights, Spec as IncubatorSpec};
 use checkpoint::net::link::Links;
 use libcontainer::container::ContainerStatus;
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, PosixRlimitType, Spec};
 
 use crate::dump::{self, DumpOptions};
-use crate::gate::Gate;
+use crate::gate::{Gate, OpenGate};
 use crate::inject::{self, HostPaths};
 use crate::monitor::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::record::Record;
@@ -74,6 +76,8 @@ impl MigrationHost {
         let handle = ContainerHandle::load(&self.root, &container.id)?;
         let mut options = DumpOptions::new(&job.images);
         options.remove = false;
+        options.parent_path = job.parent.clone();
+        options.tracked = job.parent.is_some();
         let common = &mut options.common;
         common.work_path = Some(job.work.clone());
         common.tcp_established = true;
@@ -82,6 +86,17 @@ impl MigrationHost {
         common.network_lock = Some(Criu_network_lock_method::SKIP);
         common.criu = self.criu.clone();
         dump::dump(handle, &options, &mut LastGate(gate)).map(drop)
+    }
+
+    fn try_pre_dump(&self, container: &Container, job: &PreDumpJob) -> Result<()> {
+        let handle = ContainerHandle::load(&self.root, &container.id)?;
+        let mut options = DumpOptions::new(&job.images);
+        options.pre_dump = true;
+        options.parent_path = job.parent.clone();
+        let common = &mut options.common;
+        common.work_path = Some(job.work.clone());
+        common.criu = self.criu.clone();
+        dump::dump(handle, &options, &mut OpenGate).map(drop)
     }
 
     fn try_restore(&self, job: &RestoreJob) -> Result<Box<dyn Held>> {
@@ -274,6 +289,10 @@ impl Host for MigrationHost {
         gate: &mut dyn FnMut() -> std::result::Result<(), String>,
     ) -> host::Result<()> {
         self.try_dump(container, job, gate).map_err(told)
+    }
+
+    fn pre_dump(&self, container: &Container, job: &PreDumpJob) -> host::Result<()> {
+        self.try_pre_dump(container, job).map_err(told)
     }
 
     fn examine(&self, id: &str, bundle: Option<&Path>) -> Vec<String> {

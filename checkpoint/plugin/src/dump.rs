@@ -1,10 +1,11 @@
 //! Dump: which open file of which process is this? CRIU shows a descriptor of its own; the kernel can say whether it is
 //! the same open file as descriptor *n* of process *p* (`kcmp`), and `rdma.img` lists those.
-#![expect(unsafe_code, reason = "kcmp has no wrapper")]
+#![expect(unsafe_code, reason = "CRIU lends descriptors by number")]
 
 use crate::criu::{self, ImageDir};
 use crate::files::{self, Record};
 use crate::image::{self, RdmaImage};
+use crate::kcmp::same_file;
 use crate::{NOT_OURS, Stop};
 use nix::fcntl::OFlag;
 use std::fs;
@@ -68,9 +69,10 @@ impl Dump {
     }
 
     fn owner(&self, fd: RawFd) -> Option<(i32, i32)> {
+        let ours = (std::process::id() as i32, fd);
         self.image.processes.iter().find_map(|process| {
             descriptors(process)
-                .find(|number| same_file(fd, process.host_pid, *number))
+                .find(|number| same_file(ours, (process.host_pid, *number)))
                 .map(|number| (process.state.vpid.0, number))
         })
     }
@@ -83,28 +85,9 @@ fn descriptors(process: &image::ImagedProcess) -> impl Iterator<Item = i32> {
     })
 }
 
-/// Whether our descriptor and another process' one are the same open file.
-fn same_file(ours: RawFd, pid: i32, theirs: i32) -> bool {
-    const KCMP_FILE: i32 = 0;
-    // SAFETY: a comparison by numbers; it touches no memory of ours.
-    let order = unsafe { libc::syscall(libc::SYS_kcmp, libc::getpid(), pid, KCMP_FILE, ours as i64, theirs as i64) };
-    order == 0
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsRawFd;
-
-    #[test]
-    fn the_kernel_tells_open_files_apart_even_of_one_path() {
-        let (a, b) = (fs::File::open("/dev/null").unwrap(), fs::File::open("/dev/null").unwrap());
-        let copy = a.try_clone().unwrap();
-        let me = std::process::id() as i32;
-        assert!(same_file(a.as_raw_fd(), me, copy.as_raw_fd()));
-        assert!(!same_file(a.as_raw_fd(), me, b.as_raw_fd()));
-        assert!(!same_file(a.as_raw_fd(), me, 999_999));
-    }
 
     #[test]
     fn other_character_devices_are_not_ours() {

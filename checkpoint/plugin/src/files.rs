@@ -63,12 +63,11 @@ pub fn create(dir: &ImageDir) -> io::Result<()> {
     dir.file(FILE, OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_WRONLY).map(|_| ())
 }
 
-/// Adds one record and has it on disk before it returns.
+/// Adds one record. Flushed no more than CRIU's own images are.
 pub fn append(dir: &ImageDir, record: Record) -> io::Result<()> {
     let file = dir.file(FILE, OFlag::O_CREAT | OFlag::O_APPEND | OFlag::O_WRONLY)?;
     let mut file = file.ok_or(io::ErrorKind::NotFound)?;
-    file.write_all(&record.encode())?;
-    file.sync_data()
+    file.write_all(&record.encode())
 }
 
 /// All records by CRIU's file id; none if the image does not exist.

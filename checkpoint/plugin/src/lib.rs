@@ -21,6 +21,8 @@ mod dump;
 mod files;
 #[path = "../../src/image.rs"]
 pub mod image;
+#[path = "../../src/kcmp.rs"]
+mod kcmp;
 mod restore;
 pub mod wire;
 

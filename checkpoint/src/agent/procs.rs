@@ -7,6 +7,8 @@ use std::path::Path;
 
 use rdma_virt::id::Vpid;
 
+use crate::kcmp::same_file;
+
 /// Major number of uverbs character devices (`IB_UVERBS_MAJOR`; later devices get a dynamic one, found by name).
 const UVERBS_MAJOR: u64 = 231;
 
@@ -18,10 +20,18 @@ pub struct Process {
     /// In its own.
     pub vpid: Vpid,
     pub comm: String,
-    /// Holds a uverbs file.
-    pub verbs: bool,
+    /// Its descriptors of uverbs files.
+    pub verbs: Vec<i32>,
     /// Holds an rdma_cm file.
     pub cm: bool,
+}
+
+impl Process {
+    /// Whether all uverbs files it holds are `other`'s, as in the child of a fork.
+    pub fn shares_verbs_of(&self, other: &Process) -> bool {
+        let shared = |fd: &i32| other.verbs.iter().any(|theirs| same_file((self.pid, *fd), (other.pid, *theirs)));
+        self.pid != other.pid && self.verbs.iter().all(shared)
+    }
 }
 
 /// All processes in `cgroup` (v2 directory) and below, except those that ended meanwhile.
@@ -62,7 +72,7 @@ fn look(pid: i32) -> Option<Process> {
     if field(&status, "State").is_some_and(|s| s.starts_with('Z')) {
         return None;
     }
-    let (mut verbs, mut cm) = (false, false);
+    let (mut verbs, mut cm) = (Vec::new(), false);
     for entry in fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten() {
         let Ok(meta) = fs::metadata(entry.path()) else { continue };
         if !meta.file_type().is_char_device() {
@@ -70,7 +80,9 @@ fn look(pid: i32) -> Option<Process> {
         }
         let name = fs::read_link(entry.path()).unwrap_or_default();
         let name = name.to_string_lossy();
-        verbs |= nix::libc::major(meta.rdev()) as u64 == UVERBS_MAJOR || name.contains("/infiniband/uverbs");
+        if nix::libc::major(meta.rdev()) as u64 == UVERBS_MAJOR || name.contains("/infiniband/uverbs") {
+            verbs.extend(entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()));
+        }
         cm |= name.contains("/infiniband/rdma_cm");
     }
     Some(Process {
@@ -120,7 +132,7 @@ mod tests {
     fn this_process_is_seen_with_its_name_and_without_devices() {
         let pid = std::process::id() as i32;
         let me = look(pid).unwrap();
-        assert!(!me.comm.is_empty() && !me.verbs && !me.cm);
+        assert!(!me.comm.is_empty() && me.verbs.is_empty() && !me.cm);
         assert_eq!(vpid_of(pid), Some(me.vpid));
         assert!(is_alive(pid));
     }

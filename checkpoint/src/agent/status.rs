@@ -130,14 +130,17 @@ impl Agent {
                 let state = |vpid: Vpid| reports.iter().find(|(id, s)| *id == c.id && s.vpid == vpid).map(|(_, s)| s);
                 let processes = seen
                     .iter()
-                    .filter(|p| p.verbs || p.cm || state(p.vpid).is_some())
+                    .filter(|p| !p.verbs.is_empty() || p.cm || state(p.vpid).is_some())
                     .map(|p| match state(p.vpid) {
                         Some(s) => shown(p, s),
                         None => Process {
                             vpid: p.vpid.0,
                             pid: p.pid,
                             comm: p.comm.clone(),
-                            trouble: Some("has no connection to the agent: started without the shim?".into()),
+                            trouble: match seen.iter().any(|o| state(o.vpid).is_some() && p.shares_verbs_of(o)) {
+                                true => None,
+                                false => Some("has no connection to the agent: started without the shim?".into()),
+                            },
                             qps: Vec::new(),
                             objects: [0; 4],
                             registered: 0,

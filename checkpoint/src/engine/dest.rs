@@ -1,11 +1,13 @@
 //! The destination of a migration: one state machine per migration, whose states own what they need.
 //!
 //! ```text
-//!            Incubate         FileStart        Restore        Commit        Adopt
-//!  Offered ───────────▶ Nursing ─────▶ Receiving ─────▶ Prepared ─────▶ Running ─────▶ Running
-//!     │  └──────────────────────FileStart──────▲  │          │            │ Finish
-//!     └──────── Abandon ───────┴──── Abandon ─────┴──────────┘            ▼
-//!                                 gone                                  gone
+//!            Restore             Commit           Adopt
+//!  Gathering ─────────▶ Prepared ─────────▶ Running ─────▶ Running
+//!   ▲  │  │                │                                 │ Finish
+//!   └──┘  └─── Abandon ────┘                                 ▼
+//!  Incubate,      │                                         gone
+//!  Join, files    ▼
+//!               gone
 //! ```
 //!
 //! Until [`State::Prepared`] this host may give up by itself: the source cannot have committed. In `Prepared` only the
@@ -25,7 +27,7 @@ use rdma_virt::saved::{AdoptedProcess, ProcessState, SgidMap};
 use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::landing::Landing;
 use super::newcomers::{adopt, alive};
-use super::store::Store;
+use super::store::{Store, StoreError};
 use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
 use crate::net::msg::{Answer, BornQp, Fate, Offer, Order, Refusal};
@@ -38,13 +40,10 @@ const INCUBATOR: &str = "incubator.sock";
 
 /// How far a migration has come here.
 enum State {
-    Offered,
-    Nursing {
-        nursery: Box<dyn Nursery>,
-    },
-    Receiving {
+    /// Objects are made, rounds of pre-copy and at last the image arrive, in any order.
+    Gathering {
         nursery: Option<Box<dyn Nursery>>,
-        store: Store,
+        store: Option<Store>,
     },
     Prepared {
         nursery: Option<Box<dyn Nursery>>,
@@ -66,9 +65,9 @@ enum State {
 impl State {
     fn name(&self) -> &'static str {
         match self {
-            State::Offered => "offered",
-            State::Nursing { .. } => "making objects",
-            State::Receiving { .. } => "receiving",
+            State::Gathering { nursery: None, store: None } => "offered",
+            State::Gathering { nursery: Some(_), store: None } => "making objects",
+            State::Gathering { .. } => "receiving",
             State::Prepared { .. } => "prepared, waiting for the decision",
             State::Running { keys: None, .. } => "running, not yet connected",
             State::Running { .. } => "running",
@@ -179,7 +178,7 @@ fn consider(
             offer,
             states: Vec::new(),
             rebuild: Default::default(),
-            state: State::Offered,
+            state: State::Gathering { nursery: None, store: None },
             landing: None,
             heard: Instant::now(),
         };
@@ -197,27 +196,26 @@ impl Arrival {
         let state = std::mem::replace(&mut self.state, State::Gone);
         let name = order.name();
         let (state, answer) = match (state, order) {
-            (State::Offered, Order::Incubate { states }) => match self.nursery(agent) {
-                Ok(nursery) => self.incubate(nursery, states),
-                Err(e) => (State::Offered, Err(e)),
-            },
-            (State::Nursing { nursery }, Order::Incubate { states }) => self.incubate(nursery, states),
-            (State::Nursing { mut nursery }, Order::Join { links }) => {
-                let joined = nursery.connect(&links).map(|()| Answer::Done).map_err(|e| failed(e.to_string()));
-                (State::Nursing { nursery }, joined)
+            (State::Gathering { mut nursery, store }, Order::Incubate { states }) => {
+                let answer = self.incubate(agent, &mut nursery, states);
+                (State::Gathering { nursery, store }, answer)
             }
-            (State::Offered, order @ Order::FileStart { .. }) => self.receive(agent, id, None, order),
-            (State::Nursing { nursery }, order @ Order::FileStart { .. }) => {
-                self.receive(agent, id, Some(nursery), order)
+            (State::Gathering { nursery: Some(mut nursery), store }, Order::Join { links }) => {
+                let joined = nursery.connect(&links).map(|()| Answer::Done).map_err(|e| failed(e.to_string()));
+                (State::Gathering { nursery: Some(nursery), store }, joined)
             }
             (
-                State::Receiving { nursery, mut store },
-                order @ (Order::FileStart { .. } | Order::FilePiece { .. } | Order::FileEnd { .. }),
+                State::Gathering { nursery, mut store },
+                order @ (Order::Round { .. }
+                | Order::Files(_)
+                | Order::FileStart { .. }
+                | Order::FilePiece { .. }
+                | Order::FileEnd { .. }),
             ) => {
-                let answer = store.take(order).map(|()| Answer::Done).map_err(|e| failed(chain(&e)));
-                (State::Receiving { nursery, store }, answer)
+                let answer = self.receive(agent, id, &mut store, order);
+                (State::Gathering { nursery, store }, answer)
             }
-            (State::Receiving { nursery, store }, Order::Restore { files }) => {
+            (State::Gathering { nursery, store: Some(store) }, Order::Restore { files }) => {
                 self.restore(agent, nursery, store, files)
             }
             (State::Prepared { nursery, store, held, wire }, Order::Commit) => {
@@ -263,7 +261,7 @@ impl Arrival {
 
     /// The bundle, before anything needs it.
     fn land(&mut self, agent: &Agent, id: MigrationId, order: Order) -> Result<Answer, String> {
-        if !matches!(self.state, State::Offered | State::Nursing { .. }) {
+        if !matches!(self.state, State::Gathering { .. }) {
             return Err(format!("tree does not fit: the migration is {} here", self.state.name()));
         }
         let landing = match &mut self.landing {
@@ -285,32 +283,37 @@ impl Arrival {
 
     fn incubate(
         &mut self,
-        mut nursery: Box<dyn Nursery>,
+        agent: &Agent,
+        nursery: &mut Option<Box<dyn Nursery>>,
         states: Vec<ProcessState>,
-    ) -> (State, Result<Answer, Refusal>) {
-        let answer = match nursery.converge(&states) {
-            Ok(made) => born(&made, &states).map(|qps| Answer::Incubated { qps }).map_err(failed),
-            Err(e) => Err(failed(format!("making the RDMA objects: {e}"))),
+    ) -> Result<Answer, Refusal> {
+        let nursery = match nursery {
+            Some(nursery) => nursery,
+            none => none.insert(self.nursery(agent)?),
         };
+        let made = nursery.converge(&states).map_err(|e| failed(format!("making the RDMA objects: {e}")))?;
+        let qps = born(&made, &states).map_err(failed)?;
         self.states = states;
-        (State::Nursing { nursery }, answer)
+        Ok(Answer::Incubated { qps })
     }
 
     fn receive(
         &mut self,
         agent: &Agent,
         id: MigrationId,
-        nursery: Option<Box<dyn Nursery>>,
+        store: &mut Option<Store>,
         order: Order,
-    ) -> (State, Result<Answer, Refusal>) {
-        let dir = agent.config.state_dir.join("incoming").join(id.to_string());
-        match Store::make(dir, self.offer.image_bytes).and_then(|mut store| store.take(order).map(|()| store)) {
-            Ok(store) => (State::Receiving { nursery, store }, Ok(Answer::Done)),
-            Err(e) => {
-                let back = nursery.map_or(State::Offered, |nursery| State::Nursing { nursery });
-                (back, Err(failed(chain(&e))))
+    ) -> Result<Answer, Refusal> {
+        let wrap = |e: StoreError| failed(chain(&e));
+        let store = match store {
+            Some(store) => store,
+            none => {
+                let dir = agent.config.state_dir.join("incoming").join(id.to_string());
+                none.insert(Store::make(dir, self.offer.image_bytes).map_err(wrap)?)
             }
-        }
+        };
+        store.take(order).map_err(wrap)?;
+        Ok(Answer::Done)
     }
 
     fn restore(
@@ -322,7 +325,7 @@ impl Arrival {
     ) -> (State, Result<Answer, Refusal>) {
         match self.try_restore(agent, &mut nursery, &store, files) {
             Ok((held, wire)) => (State::Prepared { nursery, store, held, wire }, Ok(Answer::Done)),
-            Err(why) => (State::Receiving { nursery, store }, Err(failed(why))),
+            Err(why) => (State::Gathering { nursery, store: Some(store) }, Err(failed(why))),
         }
     }
 
@@ -473,9 +476,8 @@ impl Arrival {
                 drop(wire);
                 (nursery, Some(store))
             }
-            State::Receiving { nursery, store } => (nursery, Some(store)),
-            State::Nursing { nursery } => (Some(nursery), None),
-            State::Offered | State::Running { .. } | State::Gone => (None, None),
+            State::Gathering { nursery, store } => (nursery, store),
+            State::Running { .. } | State::Gone => (None, None),
         };
         // Its objects vanish with it.
         let nursed = nursery.is_some();

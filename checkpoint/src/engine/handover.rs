@@ -1,20 +1,18 @@
 //! Dump, transfer, restore: the container's image on its way. Until the end CRIU on this host holds the tasks at its
 //! last gate and waits for the verdict.
 
-use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::PathBuf;
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::host::{DumpJob, HostError};
+use super::precopy;
 use super::source::{Run, Stop, confused};
-use crate::agent::admin::Event;
 use crate::agent::facts;
 use crate::image::{self, ImagedProcess, RdmaImage, Secret, SourceDevice, SourceGid};
-use crate::net::msg::{Answer, Order, PIECE};
+use crate::net::msg::{Answer, Order};
 use crate::phase::Phase;
 
 /// How often a long wait looks whether somebody wants to stop.
@@ -68,7 +66,7 @@ impl Run<'_> {
         let (reached_tx, reached) = channel();
         let (verdict, verdict_rx) = sync_channel::<Verdict>(1);
         let (host, container) = (self.world.host(), self.container()?.clone());
-        let job = DumpJob { images: images.clone(), work };
+        let job = DumpJob { images, work, parent: precopy::parent(self.rounds) };
         let run = move || {
             let mut gate = || {
                 let _ = reached_tx.send(());
@@ -80,8 +78,7 @@ impl Run<'_> {
         let thread = thread::Builder::new().name("dump".into()).spawn(run);
         let thread = thread.map_err(|e| Stop::Failed(format!("no thread for the dump: {e}")))?;
         self.effects.dump = Some(Dump { verdict, thread });
-        self.wait_for_gate(&reached)?;
-        self.list_files(images)
+        self.wait_for_gate(&reached)
     }
 
     fn wait_for_gate(&mut self, reached: &Receiver<()>) -> Result<(), Stop> {
@@ -133,71 +130,22 @@ impl Run<'_> {
         }
     }
 
-    fn list_files(&mut self, images: PathBuf) -> Result<(), Stop> {
-        let read = |e: std::io::Error| Stop::Failed(format!("cannot read {}: {e}", images.display()));
-        let mut files = Vec::new();
-        for entry in fs::read_dir(&images).map_err(read)? {
-            let entry = entry.map_err(read)?;
-            let meta = fs::symlink_metadata(entry.path()).map_err(read)?;
-            let name = entry.file_name().into_string();
-            match name {
-                Ok(name) if meta.is_file() => files.push((name, meta.len())),
-                _ => {
-                    let path = entry.path();
-                    return Err(Stop::Failed(format!("{} does not belong into an image", path.display())));
-                }
-            }
-        }
-        files.sort();
-        self.bytes = files.iter().map(|(_, len)| len).sum();
-        self.files = files;
-        Ok(())
-    }
-
     /// Streams the image's files.
     pub(super) fn transfer(&mut self) -> Result<(), Stop> {
         self.copy_changes()?;
         let Some(images) = self.effects.images.as_ref().map(|base| base.join("images")) else {
             return Err(Stop::Failed("there is no image".into()));
         };
-        let total = self.bytes;
-        let mut done = 0;
-        let mut buffer = vec![0; PIECE];
-        for (name, len) in self.files.clone() {
-            let path = images.join(&name);
-            let read = |e: std::io::Error| Stop::Failed(format!("cannot read {}: {e}", path.display()));
-            let mut file = File::open(&path).map_err(read)?;
-            let mode = file.metadata().map_err(read)?.mode() & 0o777;
-            self.send(Order::FileStart { name, len, mode })?;
-            let mut crc = crc32fast::Hasher::new();
-            loop {
-                self.wanted()?;
-                let n = file.read(&mut buffer).map_err(read)?;
-                if n == 0 {
-                    break;
-                }
-                crc.update(&buffer[..n]);
-                self.send(Order::FilePiece { bytes: buffer[..n].to_vec() })?;
-                done += n as u64;
-                self.progress.event(Event::Progress { phase: Phase::Transfer, done, total, unit: "bytes".into() });
-            }
-            self.send(Order::FileEnd { crc: crc.finalize() })?;
-        }
+        let sent = self.ship(&images, 0, Phase::Transfer)?;
+        self.bytes = sent.bytes;
+        self.sent += sent;
         Ok(())
-    }
-
-    fn send(&self, order: Order) -> Result<(), Stop> {
-        let name = order.name();
-        match self.ask_destination(order, Duration::from_secs(60))? {
-            Answer::Done => Ok(()),
-            _ => Err(confused("the destination", name)),
-        }
     }
 
     /// The destination restores up to its last gate. From its answer on it keeps everything until it knows the
     /// decision.
     pub(super) fn restore(&mut self) -> Result<(), Stop> {
-        let files = u32::try_from(self.files.len()).unwrap_or(u32::MAX);
+        let files = self.sent.files;
         let deadline = Duration::from_secs(self.world.config().deadlines.restore) + self.answer_time();
         match self.ask_destination(Order::Restore { files }, deadline)? {
             Answer::Done => Ok(()),

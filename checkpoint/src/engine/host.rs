@@ -52,6 +52,19 @@ pub struct DumpJob {
     pub images: PathBuf,
     /// For logs.
     pub work: PathBuf,
+    /// The last round of pre-copy, relative to `images`.
+    pub parent: Option<PathBuf>,
+}
+
+/// A round of pre-copy to be made.
+#[derive(Clone, Debug)]
+pub struct PreDumpJob {
+    /// Exists, empty.
+    pub images: PathBuf,
+    /// For logs.
+    pub work: PathBuf,
+    /// The round before, relative to `images`.
+    pub parent: Option<PathBuf>,
 }
 
 /// A restore to be made.
@@ -125,6 +138,8 @@ pub trait Host: Send + Sync + 'static {
         job: &DumpJob,
         gate: &mut dyn FnMut() -> std::result::Result<(), String>,
     ) -> Result<()>;
+    /// Writes the memory that changed since the round before (all of it, in the first). The container goes on.
+    fn pre_dump(&self, container: &Container, job: &PreDumpJob) -> Result<()>;
     /// Everything that speaks against restoring this container from that bundle here, in sentences. `None`: the bundle
     /// is still to come.
     fn examine(&self, id: &str, bundle: Option<&Path>) -> Vec<String>;

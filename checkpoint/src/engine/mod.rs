@@ -7,6 +7,7 @@
 //!  Copy         the bundle ──▶ unpacked, if asked for
 //!  PreSetup     states ──────▶ incubator makes objects     second QP beside each
 //!               join ────────▶ connects them ◀────────────▶ connects the second QPs
+//!  PreCopy      rounds ──────▶ on disk
 //!  Suspend      own shims                                  shims: hold sends of these QPs
 //!  WaitBeforeStop  own shims                               shims: complete what is in flight
 //!  Freeze, Dump (CRIU waits at its last gate)
@@ -36,6 +37,7 @@
 //! | `copy`, `landing` | the bundle, where it has to be sent along: source and destination |
 //! | [`check`] | whether it can be done, as the destination sees it |
 //! | [`setup`] | new objects on the destination and second QPs at peers |
+//! | `precopy`, `shipping` | rounds of memory before the pause; files on their way |
 //! | [`quiet`] | suspension, drain, freeze |
 //! | [`handover`] | dump, transfer, restore |
 //! | [`forward`] | commit and everything after it |
@@ -59,10 +61,12 @@ pub mod negotiate;
 mod newcomers;
 mod nursery;
 pub mod plan;
+mod precopy;
 pub mod quiet;
 pub mod rebuild;
 pub mod recover;
 pub mod setup;
+mod shipping;
 pub mod source;
 pub mod store;
 pub mod world;
@@ -87,6 +91,12 @@ pub struct MigrateRequest {
     /// Make and connect the new objects before anything is suspended.
     #[serde(default = "yes")]
     pub pre_setup: bool,
+    /// Rounds of pre-copy at most; as many as pay, if absent.
+    #[serde(default)]
+    pub pre_copy_rounds: Option<u32>,
+    /// Give up before the pause if what is left cannot be copied in so many milliseconds.
+    #[serde(default)]
+    pub max_blackout: Option<u64>,
     /// Send the bundle with its root file system along.
     #[serde(default)]
     pub copy_rootfs: bool,

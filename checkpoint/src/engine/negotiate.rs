@@ -200,6 +200,7 @@ impl Run<'_> {
             Ok(copy) => copy,
             Err(why) => return Ok(vec![why]),
         };
+        self.resident = resident(&self.list_processes()?);
         let offer = Offer {
             container: container.id.clone(),
             bundle: container.bundle.clone(),
@@ -208,7 +209,7 @@ impl Run<'_> {
             criu,
             cpu_flags: facts::cpu_flags(),
             processes: self.states.iter().map(offered).collect(),
-            image_bytes: resident(&self.list_processes()?),
+            image_bytes: self.resident,
             paused,
             lease: self.lease,
             hand_over: self.hand_over,
@@ -233,8 +234,12 @@ impl Run<'_> {
 /// What the kernel's view says against a move.
 pub(super) fn speak_against(processes: &[Process], shims: &[i32]) -> Vec<String> {
     let mut reasons = Vec::new();
+    let known = |p: &Process| shims.contains(&p.vpid.0);
     for p in processes {
-        if p.verbs && !shims.contains(&p.vpid.0) {
+        // The child of a fork holds its parent's files. It comes along with them, and cannot use them: its parent's
+        // queues are not in its memory.
+        let inherited = || processes.iter().any(|parent| known(parent) && p.shares_verbs_of(parent));
+        if !p.verbs.is_empty() && !known(p) && !inherited() {
             reasons.push(format!(
                 "{p} uses RDMA without the shim (static or musl program, or started before the agent's directory was \
                  there) and cannot be moved"

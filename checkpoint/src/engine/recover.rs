@@ -158,6 +158,8 @@ fn finish(agent: &Arc<Agent>, record: Record) {
         to: record.to.clone(),
         dry_run: false,
         pre_setup: true,
+        pre_copy_rounds: None,
+        max_blackout: None,
         copy_rootfs: false,
         hand_over: None,
         drain: None,

@@ -21,6 +21,7 @@ use super::handover::Dump;
 use super::host::{Container, Wire};
 use super::plan::{PeerProcess, Plan};
 use super::quiet::Counts;
+use super::shipping::Sent;
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
@@ -150,7 +151,12 @@ pub struct Run<'a> {
     pub(super) counts: Counts,
     pub(super) lease: Lease,
     pub(super) copied: Option<Copied>,
-    pub(super) files: Vec<(String, u64)>,
+    /// Memory of the container's processes when it was looked at, bytes.
+    pub(super) resident: u64,
+    /// Rounds of pre-copy that were made.
+    pub(super) rounds: u32,
+    pub(super) sent: Sent,
+    /// Bytes of the image itself.
     pub(super) bytes: u64,
 }
 
@@ -223,7 +229,9 @@ impl<'a> Run<'a> {
             counts: Counts::default(),
             lease: Lease { first: 0, count: 0 },
             copied: None,
-            files: Vec::new(),
+            resident: 0,
+            rounds: 0,
+            sent: Sent::default(),
             bytes: 0,
         }
     }
@@ -262,6 +270,9 @@ impl<'a> Run<'a> {
         }
         if self.request.pre_setup {
             self.phase(Phase::PreSetup, Self::set_up)?;
+        }
+        if self.request.pre_copy_rounds != Some(0) {
+            self.phase(Phase::PreCopy, Self::pre_copy)?;
         }
         self.phase(Phase::Suspend, Self::suspend)?;
         self.phase(Phase::WaitBeforeStop, Self::drain)?;
@@ -422,6 +433,8 @@ impl<'a> Run<'a> {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Summary {
             image_bytes: self.bytes,
+            pre_copied_bytes: self.sent.bytes - self.bytes.min(self.sent.bytes),
+            pre_copy_rounds: self.rounds,
             qps_moved: count(self.states.iter().flat_map(|s| &s.contexts).map(|c| c.qps.len()).sum()),
             hand_over: (!self.states.is_empty()).then_some(self.hand_over),
             qps_switched: count(self.plan.peer_qps().iter().map(|(_, q)| q.len()).sum()),

@@ -5,7 +5,7 @@ use super::*;
 use crate::agent::config::{Config, Deadlines};
 use crate::agent::procs::Process;
 use crate::engine::fixture::{DST, process, qp};
-use crate::engine::host::{DumpJob, Held, Host, HostError, Nursery, RestoreJob};
+use crate::engine::host::{DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob};
 use crate::engine::world::OwnShim;
 use crate::net::msg::{BornQp, End as FarShim, FarEnd, MovedProcess};
 use crate::record::Records;
@@ -131,7 +131,7 @@ impl World for Fake {
     }
     fn processes(&self, _: &Container) -> io::Result<Vec<Process>> {
         let (pid, vpid, comm) = (700, Vpid(7), "app".into());
-        Ok(vec![Process { pid, vpid, comm, verbs: true, cm: false }])
+        Ok(vec![Process { pid, vpid, comm, verbs: vec![3], cm: false }])
     }
     fn lease(&self, _: &str) -> Result<Lease, String> {
         Ok(Lease { first: 1 << 20, count: 1 })
@@ -348,6 +348,11 @@ impl Host for Script {
         gate().map_err(HostError)?;
         self.step("kill", |t| t.killed = true).map_err(HostError)
     }
+    fn pre_dump(&self, _: &Container, job: &PreDumpJob) -> crate::engine::host::Result<()> {
+        std::fs::write(job.images.join("pages-1.img"), "x").unwrap();
+        self.step("pre-dump", |t| assert!(!t.frozen && !t.suspended, "rounds are for a container that runs"))
+            .map_err(HostError)
+    }
     fn examine(&self, _: &str, _: Option<&Path>) -> Vec<String> {
         Vec::new()
     }
@@ -392,6 +397,8 @@ fn request(pre_setup: bool, hand_over: Option<HandOver>) -> MigrateRequest {
         to: "dst".into(),
         dry_run: false,
         pre_setup,
+        pre_copy_rounds: pre_setup.then_some(2),
+        max_blackout: None,
         copy_rootfs: false,
         hand_over,
         drain: None,
@@ -495,7 +502,7 @@ fn any_step_fails(hand_over: HandOver) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
     #[test]
-    fn a_wish_to_stop_at_any_step_undoes_or_comes_too_late(at in 0_usize..30, pre_setup: bool) {
+    fn a_wish_to_stop_at_any_step_undoes_or_comes_too_late(at in 0_usize..40, pre_setup: bool) {
         struct Stopper<'a> { at: usize, seen: Mutex<usize>, cancel: &'a Cancel }
         impl Progress for Stopper<'_> {
             fn event(&self, _: Event) {

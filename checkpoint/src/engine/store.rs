@@ -1,12 +1,15 @@
-//! Where the destination puts an image that arrives: a fresh directory, plain names, checked sums, all on disk before
-//! it is used.
+//! Where the destination puts an image that arrives: a fresh directory, plain names, checked sums. Beside the image lie
+//! the rounds of its pre-copy, each in a directory of its own with a link to the one before, as CRIU expects them.
+//!
+//! Nothing is flushed: an image here is of use to nobody after a crash of this host. Before the decision the source has
+//! the container, after it the restored tasks, which no longer need the image, have died with the host.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::net::msg::{Order, PIECE};
+use crate::net::msg::{Order, PIECE, WholeFile};
 
 /// Room over the source's estimate that an image may take, bytes.
 const SLACK: u64 = 1 << 30;
@@ -33,6 +36,8 @@ pub enum StoreError {
     TooBig { limit: u64 },
     #[error("{got} of {expected} files arrived")]
     Files { got: u32, expected: u32 },
+    #[error("round {got} of pre-copy where {expected} was expected")]
+    Round { got: u32, expected: u32 },
 }
 
 #[derive(Debug)]
@@ -44,10 +49,17 @@ struct Open {
     sum: crc32fast::Hasher,
 }
 
+/// Rounds of pre-copy; no source makes nearly as many.
+const MOST_ROUNDS: u32 = 1000;
+
 /// One arriving image.
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
+    /// Where the files that arrive now go.
+    at: PathBuf,
+    /// Rounds of pre-copy that arrived.
+    rounds: u32,
     open: Option<Open>,
     files: u32,
     left: u64,
@@ -68,7 +80,8 @@ impl Store {
             builder.create(&path).map_err(|e| wrap(&path, e))?;
         }
         let limit = expected.saturating_mul(2).saturating_add(SLACK);
-        Ok(Store { dir, open: None, files: 0, left: limit, limit })
+        let at = dir.join("images");
+        Ok(Store { dir, at, rounds: 0, open: None, files: 0, left: limit, limit })
     }
 
     pub fn images(&self) -> PathBuf {
@@ -82,11 +95,47 @@ impl Store {
     /// One order about a file.
     pub fn take(&mut self, order: Order) -> Result<(), StoreError> {
         match order {
+            Order::Round { number } => self.round(number),
+            Order::Files(files) => files.into_iter().try_for_each(|file| self.whole(file)),
             Order::FileStart { name, len, mode } => self.start(name, len, mode),
             Order::FilePiece { bytes } => self.piece(&bytes),
             Order::FileEnd { crc } => self.end(crc),
             other => Err(StoreError::Turn(other.name())),
         }
+    }
+
+    /// What arrives from now on belongs to this round, or (0) to the image.
+    fn round(&mut self, number: u32) -> Result<(), StoreError> {
+        if self.open.is_some() {
+            return Err(StoreError::Turn("a round"));
+        }
+        let before = self.rounds;
+        self.at = if number == 0 {
+            self.images()
+        } else if number == before + 1 && number <= MOST_ROUNDS && (before == 0 || self.at != self.images()) {
+            let at = self.dir.join(number.to_string());
+            let made = fs::DirBuilder::new().mode(0o700).create(&at);
+            made.map_err(|source| StoreError::Write { path: at.clone(), source })?;
+            self.rounds = number;
+            at
+        } else {
+            return Err(StoreError::Round { got: number, expected: before + 1 });
+        };
+        if before > 0 {
+            let link = self.at.join("parent");
+            let made = std::os::unix::fs::symlink(format!("../{before}"), &link);
+            made.map_err(|source| StoreError::Write { path: link, source })?;
+        }
+        Ok(())
+    }
+
+    fn whole(&mut self, file: WholeFile) -> Result<(), StoreError> {
+        let WholeFile { name, mode, bytes, crc } = file;
+        self.start(name, bytes.len() as u64, mode)?;
+        for piece in bytes.chunks(PIECE) {
+            self.piece(piece)?;
+        }
+        self.end(crc)
     }
 
     fn start(&mut self, name: String, len: u64, mode: u32) -> Result<(), StoreError> {
@@ -100,7 +149,7 @@ impl Store {
         if len > self.left {
             return Err(StoreError::TooBig { limit: self.limit });
         }
-        let path = self.images().join(&name);
+        let path = self.at.join(&name);
         let file = OpenOptions::new().write(true).create_new(true).mode(mode & 0o700 | 0o600).open(&path);
         let file = file.map_err(|source| StoreError::Write { path, source })?;
         self.open = Some(Open { name, file, len, got: 0, sum: crc32fast::Hasher::new() });
@@ -108,7 +157,7 @@ impl Store {
     }
 
     fn piece(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        let path = self.images();
+        let path = self.at.clone();
         let Some(open) = self.open.as_mut().filter(|_| bytes.len() <= PIECE) else {
             return Err(StoreError::Turn("a piece of a file"));
         };
@@ -121,16 +170,14 @@ impl Store {
     }
 
     fn end(&mut self, crc: u32) -> Result<(), StoreError> {
-        let path = self.images();
         let Some(open) = self.open.take() else { return Err(StoreError::Turn("the end of a file")) };
-        let Open { name, file, len, got, sum } = open;
+        let Open { name, len, got, sum, .. } = open;
         if got != len {
             return Err(StoreError::Short { name, got, len });
         }
         if sum.finalize() != crc {
             return Err(StoreError::Sum(name));
         }
-        file.sync_all().map_err(|source| StoreError::Write { path: path.join(name), source })?;
         self.left -= len;
         self.files += 1;
         Ok(())
@@ -141,9 +188,7 @@ impl Store {
         if self.open.is_some() || self.files != expected {
             return Err(StoreError::Files { got: self.files, expected });
         }
-        let images = self.images();
-        let flushed = File::open(&images).and_then(|d| d.sync_all());
-        flushed.map_err(|source| StoreError::Write { path: images, source })
+        Ok(())
     }
 
     /// Removes everything.
@@ -180,6 +225,31 @@ mod tests {
         assert_eq!(fs::read(s.images().join("a.img")).unwrap(), b"hello");
         s.remove().unwrap();
         assert!(!dir.path().join("in/x").exists());
+    }
+
+    #[test]
+    fn rounds_lie_beside_the_image_and_lead_to_the_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut s = store(&dir);
+        let file = |name: &str| {
+            let bytes = name.as_bytes().to_vec();
+            Order::Files(vec![WholeFile { name: name.into(), mode: 0o600, crc: crc32fast::hash(&bytes), bytes }])
+        };
+        for number in [1, 2, 0] {
+            s.take(Order::Round { number }).unwrap();
+            s.take(file(&format!("of-{number}"))).unwrap();
+        }
+        s.is_complete(3).unwrap();
+        let images = s.images();
+        for path in ["of-0", "parent/of-2", "parent/parent/of-1"] {
+            assert!(images.join(path).is_file(), "{path}");
+        }
+        assert!(!images.join("parent/parent/parent").exists());
+        for number in [2, 3, 5] {
+            assert!(s.take(Order::Round { number }).is_err(), "round {number} after the image");
+        }
+        let mut skipping = Store::make(dir.path().join("in/y"), 0).unwrap();
+        assert!(matches!(skipping.take(Order::Round { number: 2 }), Err(StoreError::Round { got: 2, expected: 1 })));
     }
 
     #[test]

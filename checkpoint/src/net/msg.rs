@@ -18,9 +18,9 @@ use std::path::PathBuf;
 use crate::image::HandOver;
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
-/// Longest piece of a file in one [`Order::FilePiece`], bytes.
+/// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
 
 /// A question to another agent.
@@ -98,13 +98,19 @@ pub enum Order {
     /// It ends. → [`Answer::Offered`] after the whole bundle: what speaks against the container now that it is there;
     /// else [`Answer::Done`]
     TreeEnd,
+    /// The files that follow are those of this round of pre-copy, counted from 1; of the image itself if it is 0. Each
+    /// is made of what the one before it holds and what is new. → [`Answer::Done`]
+    Round { number: u32 },
+    /// Small files, whole. → [`Answer::Done`]
+    Files(Vec<WholeFile>),
     /// A file of the image begins. → [`Answer::Done`]
     FileStart { name: String, len: u64, mode: u32 },
     /// Its next bytes, at most [`PIECE`]. → [`Answer::Done`]
     FilePiece { bytes: Vec<u8> },
-    /// It ends; CRC-32 of all its bytes. → [`Answer::Done`] once it is on disk.
+    /// It ends; CRC-32 of all its bytes. → [`Answer::Done`]
     FileEnd { crc: u32 },
-    /// The image is complete; restore, and hold at the last gate. → [`Answer::Done`]: everything that can fail is done
+    /// The image is complete, `files` counted over all rounds; restore, and hold at the last gate. → [`Answer::Done`]:
+    /// everything that can fail is done
     Restore { files: u32 },
     /// The source has decided: bring the address up, let the tasks run. → [`Answer::Done`]. Repetition is harmless.
     Commit,
@@ -136,7 +142,11 @@ impl Order {
             Order::Incubate { .. } => "incubate",
             Order::Join { .. } => "join",
             Order::TreeStart { .. } | Order::TreePiece { .. } | Order::TreeEnd => "tree",
-            Order::FileStart { .. } | Order::FilePiece { .. } | Order::FileEnd { .. } => "file",
+            Order::Round { .. }
+            | Order::Files(_)
+            | Order::FileStart { .. }
+            | Order::FilePiece { .. }
+            | Order::FileEnd { .. } => "file",
             Order::Restore { .. } => "restore",
             Order::Commit => "commit",
             Order::Adopt => "adopt",
@@ -172,6 +182,16 @@ pub enum Answer {
         qps: Vec<BornQp>,
         keys: Vec<(Vpid, KeyTable)>,
     },
+}
+
+/// One file of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WholeFile {
+    pub name: String,
+    pub mode: u32,
+    pub bytes: Vec<u8>,
+    /// CRC-32 of the bytes.
+    pub crc: u32,
 }
 
 /// Where an end is now.

@@ -4,6 +4,7 @@
 //! finds a lab that is already up. Addresses and differences between the
 //! nodes are in [`topology`], the traps of the links in [`qemu`].
 
+pub mod accel;
 pub mod bundle;
 pub mod deploy;
 pub mod guest;
@@ -28,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use image::Image;
 use node::Node;
 use paths::Paths;
-use qemu::{Accel, Launch, Machine};
+use qemu::{Launch, Machine};
 use qmp::Qmp;
 use snapshot::Snapshots;
 use topology::{HUB, NODES, NodeSpec};
@@ -171,7 +172,7 @@ pub fn prepare(paths: &Paths) -> Result<(Image, Snapshots)> {
     let _lock =
         Flock::lock(cache_lock(paths)?, FlockArg::LockExclusive).map_err(|(_, e)| e).context("lock the lab's cache")?;
     let image = image::ensure(paths)?;
-    let snapshots = snapshot::ensure(paths, &image, Accel::Tcg)?;
+    let snapshots = snapshot::ensure(paths, &image, accel::choose(paths, &image)?)?;
     Ok((image, snapshots))
 }
 

@@ -131,15 +131,15 @@ fn boot_all(image: &Image, snapshots: &Snapshots, sockets: &Path, booting: &mut 
     Ok(())
 }
 
-/// Machines that boot to be saved, on record, so that those of a boot that was
-/// interrupted are found and ended by the next.
-struct Booting {
+/// Machines that boot to be saved or tried, on record, so that those of a boot that
+/// was interrupted are found and ended by the next.
+pub(super) struct Booting {
     record: PathBuf,
     machines: Vec<Machine>,
 }
 
 impl Booting {
-    fn new(paths: &Paths) -> Result<Booting> {
+    pub fn new(paths: &Paths) -> Result<Booting> {
         let record = paths.lab().join("booting.json");
         let machines = match fs::read(&record) {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_default(),
@@ -150,13 +150,13 @@ impl Booting {
         Ok(booting)
     }
 
-    fn add(&mut self, machine: Machine) -> Result<()> {
+    pub fn add(&mut self, machine: Machine) -> Result<()> {
         self.machines.push(machine);
         fs::write(&self.record, serde_json::to_vec(&self.machines)?)
             .with_context(|| format!("write {}", self.record.display()))
     }
 
-    fn end(&mut self) {
+    pub fn end(&mut self) {
         for m in self.machines.drain(..) {
             m.process.end(Duration::from_secs(5));
         }

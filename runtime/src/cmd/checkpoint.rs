@@ -16,6 +16,7 @@ pub fn run(args: Checkpoint, global: &Global) -> Result<i32> {
     let images = args.criu.image_path.clone().unwrap_or_else(|| "checkpoint".into());
     let options = DumpOptions {
         parent_path: args.criu.parent_path.clone(),
+        tracked: false,
         pre_dump: args.pre_dump,
         leave_running: args.leave_running,
         remove: true,

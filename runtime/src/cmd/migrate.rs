@@ -21,6 +21,8 @@ pub fn run(args: &MigrateArgs) -> Result<i32> {
         to: args.to.clone(),
         dry_run: args.dry_run,
         pre_setup: !args.no_pre_setup,
+        pre_copy_rounds: args.pre_copy_rounds,
+        max_blackout: args.max_blackout,
         copy_rootfs: args.copy_rootfs,
         hand_over: args.hand_over.map(Into::into),
         drain: args.drain_timeout,

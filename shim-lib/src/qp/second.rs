@@ -102,7 +102,13 @@ impl ShadowQp {
     ///
     /// # Safety
     /// A live QP of the library's, equal to this one.
-    pub(super) unsafe fn climb(&self, qp: *mut ibv_qp, link: &Link, phase: QpPhase, reached: &mut QpPhase) -> Result<(), Errno> {
+    pub(super) unsafe fn climb(
+        &self,
+        qp: *mut ibv_qp,
+        link: &Link,
+        phase: QpPhase,
+        reached: &mut QpPhase,
+    ) -> Result<(), Errno> {
         let [_, (rtr, rtr_mask), (rts, rts_mask)] = self.steps((link.gid, link.qpn), link.sq_psn, link.rq_psn);
         let steps = [
             (QpPhase::Rtr, rtr, rtr_mask),

@@ -1,0 +1,186 @@
+//! Iterative pre-copy: while the container runs, its memory goes to the destination in rounds, each with what changed
+//! since the one before, until another round would not be worth its cost. What changed after the last one is part of
+//! the image, inside the pause.
+//!
+//! CRIU makes the rounds and decides page by page what changed. Registered private memory counts as changed in every
+//! round, because the kernel cannot tell what a NIC wrote.
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rdma_virt::saved::ProcessState;
+
+use super::host::PreDumpJob;
+use super::source::{Run, Stop};
+use crate::phase::Phase;
+
+/// A round is worth its cost only for so much memory, bytes: a round stops the container for a moment.
+const WORTH: u64 = 16 << 20;
+
+/// Rounds, unless told otherwise.
+const ROUNDS: u32 = 5;
+
+/// One round.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Round {
+    /// What it sent.
+    pub bytes: u64,
+    /// From its begin until it was at the destination.
+    pub took: Duration,
+}
+
+impl Round {
+    /// How long the copying of the last round's bytes would take.
+    fn again(self) -> Duration {
+        self.took
+    }
+}
+
+/// What to do after some rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    Another,
+    Enough,
+    /// No round gets the copying down to the goal.
+    Hopeless,
+}
+
+/// Rounds end when little is left, when they no longer shrink, or when there were enough; with a goal for the pause
+/// they go on until the last one was that short.
+fn next(rounds: &[Round], most: u32, goal: Option<Duration>) -> Next {
+    let Some(last) = rounds.last() else { return if most == 0 { Next::Enough } else { Next::Another } };
+    let met = goal.is_none_or(|goal| last.again() <= goal);
+    let shrinks = rounds.len() < 2 || last.bytes < rounds[rounds.len() - 2].bytes / 4 * 3;
+    let more = (rounds.len() as u32) < most && shrinks;
+    match (met, more) {
+        (true, false) => Next::Enough,
+        (true, true) if last.bytes < WORTH / 4 || goal.is_some() => Next::Enough,
+        (_, true) => Next::Another,
+        (false, false) => Next::Hopeless,
+    }
+}
+
+/// Bytes that every round would send again.
+fn registered(states: &[ProcessState]) -> u64 {
+    states.iter().flat_map(|s| &s.contexts).flat_map(|c| &c.mrs).map(|mr| mr.length).sum()
+}
+
+impl Run<'_> {
+    /// Rounds, as many as pay.
+    pub(super) fn pre_copy(&mut self) -> Result<(), Stop> {
+        let container = self.container()?.clone();
+        let goal = self.request.max_blackout.map(Duration::from_millis);
+        let most = match self.request.pre_copy_rounds {
+            Some(rounds) => rounds,
+            // A paused container changes nothing, but neither does it gain anything: it is down anyhow.
+            None if container.paused => 0,
+            None if self.resident.saturating_sub(registered(&self.states)) < WORTH && goal.is_none() => 0,
+            None => ROUNDS,
+        };
+        let base = self.world.config().state_dir.join("outgoing").join(self.id.to_string());
+        let mut rounds: Vec<Round> = Vec::new();
+        loop {
+            match next(&rounds, most, goal) {
+                Next::Another => {}
+                Next::Enough => return Ok(()),
+                Next::Hopeless => return Err(self.hopeless(&rounds, goal.unwrap_or_default())),
+            }
+            let number = rounds.len() as u32 + 1;
+            let round = self.round(&base, number)?;
+            self.note(format!(
+                "round {number} of pre-copy: {} KiB in {:.1} s",
+                round.bytes >> 10,
+                round.took.as_secs_f64()
+            ));
+            rounds.push(round);
+        }
+    }
+
+    fn round(&mut self, base: &Path, number: u32) -> Result<Round, Stop> {
+        self.wanted()?;
+        let start = Instant::now();
+        self.effects.images = Some(base.to_owned());
+        let dirs = [base.join(number.to_string()), base.join("work")];
+        for dir in &dirs {
+            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+            made.map_err(|e| Stop::Failed(format!("cannot make {}: {e}", dir.display())))?;
+        }
+        let [images, work] = dirs;
+        let job = PreDumpJob { images: images.clone(), work, parent: parent(number - 1) };
+        let container = self.container()?.clone();
+        self.world.host().pre_dump(&container, &job).map_err(|e| Stop::Failed(e.to_string()))?;
+        self.rounds = number;
+        let sent = self.ship(&images, number, Phase::PreCopy)?;
+        self.sent += sent;
+        Ok(Round { bytes: sent.bytes, took: start.elapsed() })
+    }
+
+    fn hopeless(&self, rounds: &[Round], goal: Duration) -> Stop {
+        let last = rounds.last().map_or(Duration::ZERO, |r| r.again());
+        let bytes = rounds.last().map_or(0, |r| r.bytes);
+        Stop::Failed(format!(
+            "after {} rounds of pre-copy the container still changes {} KiB in the time of one, and copying those takes \
+             {:.1} s, more than the {:.1} s of --max-blackout; give it more time, or let it do less meanwhile",
+            rounds.len(),
+            bytes >> 10,
+            last.as_secs_f64(),
+            goal.as_secs_f64()
+        ))
+    }
+}
+
+/// Where an image finds round `number`, seen from its own directory.
+pub(super) fn parent(number: u32) -> Option<PathBuf> {
+    (number > 0).then(|| PathBuf::from(format!("../{number}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn rounds(list: &[(u64, u64)]) -> Vec<Round> {
+        list.iter().map(|(mib, ms)| Round { bytes: mib << 20, took: Duration::from_millis(*ms) }).collect()
+    }
+
+    #[test]
+    fn rounds_end_when_they_no_longer_shrink_or_little_is_left() {
+        let cases: &[(&[(u64, u64)], Next)] = &[
+            (&[], Next::Another),
+            (&[(512, 900)], Next::Another),
+            (&[(512, 900), (200, 400)], Next::Another),
+            (&[(512, 900), (200, 400), (190, 400)], Next::Enough),
+            (&[(512, 900), (3, 10)], Next::Enough),
+            (&[(512, 900), (256, 500), (128, 250), (64, 130), (32, 70)], Next::Enough),
+        ];
+        for (list, wanted) in cases {
+            assert_eq!(next(&rounds(list), ROUNDS, None), *wanted, "{list:?}");
+        }
+        assert_eq!(next(&[], 0, None), Next::Enough);
+    }
+
+    #[test]
+    fn a_goal_is_met_or_named_as_out_of_reach() {
+        let goal = Some(Duration::from_millis(100));
+        assert_eq!(next(&rounds(&[(512, 900)]), ROUNDS, goal), Next::Another);
+        assert_eq!(next(&rounds(&[(512, 900), (30, 90)]), ROUNDS, goal), Next::Enough);
+        assert_eq!(next(&rounds(&[(512, 900), (500, 880)]), ROUNDS, goal), Next::Hopeless);
+    }
+
+    proptest! {
+        #[test]
+        fn rounds_always_end(sizes in proptest::collection::vec(0_u64..1 << 40, 0..40), most in 0_u32..20, goal in proptest::option::of(0_u64..10_000)) {
+            let goal = goal.map(Duration::from_millis);
+            let mut done: Vec<Round> = Vec::new();
+            for bytes in sizes {
+                if next(&done, most, goal) != Next::Another {
+                    break;
+                }
+                done.push(Round { bytes, took: Duration::from_millis(bytes >> 20) });
+            }
+            prop_assert!(done.len() as u32 <= most);
+        }
+    }
+}
