@@ -13,17 +13,6 @@ use integration::lab::wire::Exec;
 use integration::lab::{Lab, deploy, guest};
 use integration::{demo, scenario, scenarios, setup, verdict};
 
-/// Claims about moves that every change is judged by. The others run with `--all` or by name until they have held often
-/// enough to stand here.
-const SETTLED: &[&str] = &[
-    "a client with one QP moves there, back and there under full load and nothing is lost or repeated",
-    "a client with 8 QPs moves there, back and there under full load and nothing is lost or repeated",
-    "solicited events on a non-blocking channel in epoll, never acknowledged, go on after a move",
-    "ib_write_bw's client is moved and both ends run to their normal end",
-    "a destination agent killed during the transfer: the source goes on and a later move succeeds",
-    "Ctrl-C during a move: the source goes on and a later move succeeds",
-];
-
 #[derive(Parser)]
 #[command(name = "xtask", bin_name = "cargo xtask", about = "Project tasks")]
 struct Cli {
@@ -153,11 +142,10 @@ fn run(task: Task) -> Result<ExitCode> {
         }
         Task::Scenarios { args } => {
             let options = scenario::Options::from_args(args.into_iter())?;
-            let all = options.all || !options.filters.is_empty();
-            let moves = scenarios::migration::GROUPS.iter().flat_map(|g| g.iter());
-            let moves = moves.chain(scenarios::bad_input::CLAIMS).copied();
-            let moves: Vec<_> = moves.filter(|s| all || SETTLED.contains(&s.name)).collect();
-            let tally = scenario::run(&[scenario::fabric::FABRIC, &moves], &options)?;
+            let mut groups = vec![scenario::fabric::FABRIC];
+            groups.extend(scenarios::migration::GROUPS);
+            groups.push(scenarios::bad_input::CLAIMS);
+            let tally = scenario::run(&groups, &options)?;
             return Ok(if tally.failed() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Task::Setup => setup::ensure()?,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::stage::{Pair, Stage};
+use super::stage::{Pair, Stage, json_lines};
 use crate::lab::bundle::BUNDLES;
 use crate::lab::deploy::AGENT;
 use crate::lab::node::Output;
@@ -113,6 +113,10 @@ fn never_drains(ctx: &mut Context) -> Result<()> {
     std::thread::sleep(Duration::from_secs(5));
     let out = stage.try_migrate(&pair.client, "dst", &["--drain-timeout", "5"])?;
     undone(&stage, &pair, &out, &["wait-before-stop", "drain"])?;
+    // It is hungry for a while yet; nothing could be drained before it posts RECVs again.
+    let sent = |text: &str| json_lines(text).filter(|v| v["event"] == "progress").last()?["sent"].as_u64();
+    let before = sent(&stage.log(&pair.client)?).unwrap_or(0);
+    stage.wait_log(&pair.client, "end of the hunger", |text| sent(text).is_some_and(|n| n > before + 200))?;
     later(stage, &pair)
 }
 

@@ -27,8 +27,8 @@ const PERFTEST: &[&str] = &["ib_write_bw", "ib_send_bw", "ib_read_bw", "ib_atomi
 const PINGPONG: &[&str] = &["ibv_rc_pingpong", "ibv_srq_pingpong"];
 
 macro_rules! claim {
-    ($name:literal, $program:literal, $end:expr, $options:expr) => {
-        Scenario { name: $name, long: false, limit: LIMIT, run: |c| one(c, $program, $end, $options) }
+    ($name:literal, $long:literal, $program:literal, $end:expr, $options:expr) => {
+        Scenario { name: $name, long: $long, limit: LIMIT, run: |c| one(c, $program, $end, $options) }
     };
 }
 
@@ -36,32 +36,49 @@ macro_rules! claim {
 pub const CLAIMS: &[Scenario] = &[
     claim!(
         "ib_write_bw's client is moved and both ends run to their normal end",
+        false,
         "ib_write_bw",
         End::Client,
         &["-q", "4"]
     ),
     claim!(
         "ib_send_bw's server with events is moved and both ends run to their normal end",
+        false,
         "ib_send_bw",
         End::Server,
         &["-e"]
     ),
     claim!(
         "ib_read_bw's client with events is moved and both ends run to their normal end",
+        false,
         "ib_read_bw",
         End::Client,
         &["-e"]
     ),
-    claim!("ib_atomic_bw's server is moved and both ends run to their normal end", "ib_atomic_bw", End::Server, &[]),
-    claim!("ib_send_lat's client is moved and both ends run to their normal end", "ib_send_lat", End::Client, &[]),
+    claim!(
+        "ib_atomic_bw's server is moved and both ends run to their normal end",
+        true,
+        "ib_atomic_bw",
+        End::Server,
+        &[]
+    ),
+    claim!(
+        "ib_send_lat's client is moved and both ends run to their normal end",
+        true,
+        "ib_send_lat",
+        End::Client,
+        &[]
+    ),
     claim!(
         "ibv_rc_pingpong's client with events is moved and both ends run to their normal end",
+        false,
         "ibv_rc_pingpong",
         End::Client,
         &["-e"]
     ),
     claim!(
         "ibv_srq_pingpong's server is moved and both ends run to their normal end",
+        true,
         "ibv_srq_pingpong",
         End::Server,
         &[]

@@ -37,7 +37,7 @@ pub const CLAIMS: &[Scenario] = &[
     },
     Scenario {
         name: "a moved container's connection survives the reuse of its QP numbers on the old host",
-        long: false,
+        long: true,
         limit: LIMIT,
         run: numbers_reused,
     },

@@ -13,34 +13,40 @@ use crate::scenario::{Context, Scenario};
 const LIMIT: Duration = Duration::from_secs(300);
 
 macro_rules! claim {
-    ($name:literal, $run:expr) => {
-        Scenario { name: $name, long: false, limit: LIMIT, run: $run }
+    ($name:literal, $long:literal, $run:expr) => {
+        Scenario { name: $name, long: $long, limit: LIMIT, run: $run }
     };
 }
 
 /// Claims about rebuilding.
 pub const CLAIMS: &[Scenario] = &[
-    claim!("a process that makes its one QP again is moved there and back and nothing is lost or repeated", |c| {
-        client_moves(c, &["dst", "src"], &["--qps", "1", "--depth", "16"], by_rebuild)
-    }),
-    claim!("events, a shared receive queue and two contexts are made again there and back", |c| {
+    claim!(
+        "a process that makes its one QP again is moved there and back and nothing is lost or repeated",
+        false,
+        |c| { client_moves(c, &["dst", "src"], &["--qps", "1", "--depth", "16"], by_rebuild) }
+    ),
+    claim!("events, a shared receive queue and two contexts are made again there and back", false, |c| {
         let load = ["--qps", "4", "--events", "--srq", "--contexts", "2", "--pds", "2", "--split-cq", "--two-sge"];
         client_moves(c, &["dst", "src"], &load, by_rebuild)
     }),
-    claim!("epoll sets watch the channels that a process made again", |c| {
+    claim!("epoll sets watch the channels that a process made again", true, |c| {
         client_moves(c, &["dst", "src"], &["--qps", "4", "--epoll", "--solicited", "--threads-per-qp", "0"], by_rebuild)
     }),
-    claim!("ib_write_bw's client makes its objects again there and back and both ends run to their normal end", |c| {
-        perftest::rebuilt(c)
-    }),
-    claim!("two processes that make their objects again find each other", |c| alone_moves(c, "pair", by_rebuild)),
-    claim!("unused QPs in every state are made again in their state", |c| client_moves(
+    claim!(
+        "ib_write_bw's client makes its objects again there and back and both ends run to their normal end",
+        true,
+        |c| { perftest::rebuilt(c) }
+    ),
+    claim!("two processes that make their objects again find each other", false, |c| alone_moves(
+        c, "pair", by_rebuild
+    )),
+    claim!("unused QPs in every state are made again in their state", true, |c| client_moves(
         c,
         &["dst", "src"],
         &["--qps", "2", "--idle-qps"],
         by_rebuild
     )),
-    claim!("one move hands objects over, the next makes them again, and the other way round", mixed),
+    claim!("one move hands objects over, the next makes them again, and the other way round", true, mixed),
 ];
 
 fn mixed(ctx: &mut Context) -> Result<()> {
