@@ -158,7 +158,7 @@ impl Agent {
         admin::refuse_second(&self.config.admin())?;
         self.forget_lost_guests();
         self.doors.serve(self.clone()).map_err(wrap)?;
-        engine::dest::forget_old(&self.config.state_dir);
+        engine::dest::forget_old(self);
         engine::recover::run(self);
         match &self.identity {
             Ok(identity) => {
@@ -175,6 +175,7 @@ impl Agent {
         let rounds = move || {
             for round in 1_u64.. {
                 thread::sleep(ROUND);
+                agent.client.tidy();
                 agent.look_after_claims();
                 engine::dest::look_after(&agent);
                 if round.is_multiple_of(SELDOM) {

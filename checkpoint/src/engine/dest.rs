@@ -16,7 +16,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -540,13 +540,14 @@ fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>,
     Ok(qps)
 }
 
-/// Removes images that were arriving when the agent ended: what it had restored of them ended with it, and a source
-/// keeps its own until the destination runs. Called before anything can arrive.
-pub fn forget_old(state_dir: &Path) {
-    let dir = state_dir.join("incoming");
+/// Removes images and bundles that were arriving when the agent ended: what it had restored of them ended with it, and
+/// a source keeps its own until the destination runs. Called once, before anything can arrive.
+pub fn forget_old(agent: &Agent) {
+    let dir = agent.config.state_dir.join("incoming");
     for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
         remove_dir(entry.path());
     }
+    super::landing::recover(agent);
 }
 
 /// Asks the sources of quiet migrations what became of them. Called every now and then.

@@ -41,7 +41,6 @@ pub fn fate(agent: &Agent, id: MigrationId) -> Fate {
 /// Deals with everything that is neither finished nor aborted nor under way, in the background. Called when the agent
 /// starts, and every now and then: somebody who could not be told may be there again.
 pub fn run(agent: &Arc<Agent>) {
-    super::landing::recover(agent);
     let (records, bad) = match agent.records.all() {
         Ok(found) => found,
         Err(e) => {

@@ -166,6 +166,15 @@ impl Client {
         None
     }
 
+    /// Closes idle connections whose other end is gone. Called every now and then.
+    pub fn tidy(&self) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.retain(|_, list| {
+            list.retain(Conn::is_fresh);
+            !list.is_empty()
+        });
+    }
+
     fn keep(&self, at: &str, conn: Conn) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let list = idle.entry(at.to_owned()).or_default();

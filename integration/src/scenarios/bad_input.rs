@@ -140,7 +140,7 @@ fn images_on_their_way(ctx: &mut Context) -> Result<()> {
             "printf '\\11' | dd of=rdma.img bs=1 seek=8 conv=notrunc status=none",
             &["rdma.img", "version 9"],
         ),
-        ("a lost end", "truncate -s -9 rdma.img", &["rdma.img", "incomplete"]),
+        ("a lost end", "truncate -s -9 rdma.img", &["rdma.img", "truncated"]),
     ] {
         let script = damage(how);
         let damaging = stage.ctx.src.spawn(&["sh", "-c", &script])?;

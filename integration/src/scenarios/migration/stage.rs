@@ -164,7 +164,7 @@ impl<'a> Stage<'a> {
         let done = json_lines(&out.text()).filter(|v| v["event"] == "done").last();
         let summary = done.context("the migration printed no summary")?["summary"].clone();
         if let Some(s) = summary["pause_seconds"].as_f64() {
-            self.ctx.note(format!("{name} {from}→{to}: pause {:.0} ms", s * 1000.0));
+            self.ctx.note(format!("{name} {from}→{to}: pause {:.0} ms: {}", s * 1000.0, spans(&summary)));
         }
         Ok(summary)
     }
@@ -333,6 +333,15 @@ pub fn alone_moves(ctx: &mut Context, role: &str, by: Move) -> Result<()> {
     stage.terminate(name)?;
     stage.verdict(name)?;
     stage.finish()
+}
+
+/// What each phase took, in milliseconds.
+fn spans(summary: &Value) -> String {
+    let one = |span: &Value| {
+        let (phase, seconds) = (span["phase"].as_str()?, span["seconds"].as_f64()?);
+        Some(format!("{phase} {:.0}", seconds * 1000.0))
+    };
+    summary["spans"].as_array().into_iter().flatten().filter_map(one).collect::<Vec<_>>().join(", ")
 }
 
 /// JSON objects among the lines of a text, prefixes left out.
