@@ -14,7 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rdma_virt::id::{PQpn, VGid, VQpn};
+use rdma_virt::id::{PGid, PQpn, VGid, VQpn};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::tidy::same;
@@ -202,7 +202,8 @@ impl Moved {
         let process = t.moved.values().flatten().filter(|p| p.vgids.contains(&vgid));
         let found = process.filter_map(|p| p.qps.iter().find(|(v, _, _)| *v == vqpn).map(|q| (p, q)));
         let (process, (_, pqpn, pgid)) = found.max_by_key(|(p, _)| p.since)?;
-        Some(Resolved { pgid: *pgid, pqpn: *pqpn, keys: process.keys.0.clone() })
+        let pgid = now(process, vgid).unwrap_or(*pgid);
+        Some(Resolved { pgid, pqpn: *pqpn, keys: process.keys.0.clone() })
     }
 
     /// Agents that may know a QP made after the move of a container that shows this GID.
@@ -226,6 +227,11 @@ impl Moved {
     }
 }
 
+/// What a GID that a moved process shows is at its present place.
+pub fn now(process: &MovedProcess, vgid: VGid) -> Option<PGid> {
+    process.gids.iter().find(|(v, _)| *v == vgid).map(|(_, p)| *p)
+}
+
 fn take(guest: &mut Guest) -> Option<u32> {
     if guest.used >= guest.lease.count {
         return None;
@@ -246,14 +252,15 @@ fn next_lease(counter: &mut Counter, dir: &Path) -> Result<Lease, NumberError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rdma_virt::id::{PGid, Vpid};
+    use rdma_virt::id::Vpid;
     use rdma_virt::msg::KeyTable;
 
     fn process(since: u64) -> MovedProcess {
         MovedProcess {
             container: "m".into(),
             vpid: Vpid(7),
-            vgids: vec![VGid([1; 16])],
+            vgids: vec![VGid([1; 16]), VGid([5; 16])],
+            gids: vec![(VGid([5; 16]), PGid([6; 16]))],
             qps: vec![(VQpn(17), PQpn(40), PGid([2; 16]))],
             keys: KeyTable::default(),
             lease: Lease { first: FIRST, count: COUNT },
@@ -335,6 +342,8 @@ mod tests {
         let again = Moved::open(dir.path()).unwrap();
         assert_eq!(again.resolve(VGid([1; 16]), VQpn(17)).unwrap().pqpn, PQpn(40));
         assert_eq!(again.resolve(VGid([1; 16]), VQpn(18)), None);
+        let by = |gid| again.resolve(VGid([gid; 16]), VQpn(17)).unwrap().pgid;
+        assert_eq!((by(5), by(1)), (PGid([6; 16]), PGid([2; 16])), "the GID that was asked for counts, then the QP's");
         assert_eq!(again.homes(VGid([1; 16]), VQpn(FIRST + 1)), vec!["dst:7477".to_owned()]);
     }
 }

@@ -145,7 +145,7 @@ impl Agent {
         let mut of = all.iter().filter(|p| p.container == known.container && p.vgids.contains(&vgid));
         match of.clone().find(|p| p.vpid == known.vpid).or_else(|| of.next()) {
             Some(process) => {
-                let pgid = process.qps.first().map(|(_, _, pgid)| *pgid)?;
+                let pgid = moved::now(process, vgid).or(process.qps.first().map(|(_, _, pgid)| *pgid))?;
                 Some(Resolved { pgid, pqpn: known.pqpn, keys: process.keys.0.clone() })
             }
             None if facts::shown_gids().contains(&vgid) => {

@@ -30,7 +30,7 @@ use super::newcomers::{adopt, alive};
 use super::store::{Store, StoreError};
 use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
-use crate::net::msg::{Answer, BornQp, Fate, Offer, Order, Refusal};
+use crate::net::msg::{Answer, BornGid, BornQp, Fate, Offer, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
 const QUIET: Duration = Duration::from_secs(20);
@@ -232,7 +232,7 @@ impl Arrival {
             (State::Running { nursery, store, held, keys }, Order::Rebuild { links }) => {
                 match self.rebuild.run(agent, id, &self.offer.container, held.init(), &links) {
                     Ok((qps, keys)) => {
-                        let answer = Answer::Rebuilt { qps, keys: keys.clone() };
+                        let answer = Answer::Rebuilt { qps, gids: self.rebuild.gids(), keys: keys.clone() };
                         (State::Running { nursery, store, held, keys: Some(keys) }, Ok(answer))
                     }
                     Err(why) => (State::Running { nursery, store, held, keys }, Err(failed(why))),
@@ -293,8 +293,10 @@ impl Arrival {
         };
         let made = nursery.converge(&states).map_err(|e| failed(format!("making the RDMA objects: {e}")))?;
         let qps = born(&made, &states).map_err(failed)?;
+        let contexts = made.iter().flat_map(|p| p.contexts.iter().map(|c| (p.vpid, c.id, &c.sgid_index[..])));
+        let gids = gids(contexts, &states);
         self.states = states;
-        Ok(Answer::Incubated { qps })
+        Ok(Answer::Incubated { qps, gids })
     }
 
     fn receive(
@@ -509,6 +511,23 @@ fn give_up(held: Box<dyn Held>) {
     }
 }
 
+/// What each GID of the processes' tables is here.
+pub(super) fn gids<'a>(
+    contexts: impl Iterator<Item = (Vpid, ObjId, &'a [SgidMap])>,
+    states: &[ProcessState],
+) -> Vec<BornGid> {
+    let mut gids = Vec::new();
+    for (vpid, id, maps) in contexts {
+        let state = states.iter().filter(|s| s.vpid == vpid).flat_map(|s| &s.contexts).find(|c| c.id == id);
+        for entry in state.iter().flat_map(|c| &c.gids) {
+            let map = maps.iter().find(|m| m.port == entry.port && u16::from(m.virtual_index) == entry.index);
+            let born = map.map(|m| BornGid { vpid, vgid: entry.gid, pgid: m.physical });
+            gids.extend(born.filter(|b| !gids.contains(b)));
+        }
+    }
+    gids
+}
+
 /// QP numbers and addresses for the source's plan. A QP's packets come from the GID its application chose, at that
 /// entry's place on this host.
 fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>, String> {
@@ -522,7 +541,7 @@ fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>,
                     let fits = |s: &&SgidMap| s.port == q.attr.port_num && s.virtual_index == q.attr.sgid_index;
                     context.sgid_index.iter().find(fits)
                 });
-                // One that is not connected sends from nowhere yet; any entry names this host.
+                // One that is not connected sends from nowhere yet: whoever connects to it goes by the GID it was told.
                 let Some(pgid) = entry.or(context.sgid_index.first()).map(|s| s.physical) else {
                     return Err(format!("device {} has no GID of the kind its QPs use", context.device));
                 };

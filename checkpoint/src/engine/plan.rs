@@ -8,7 +8,7 @@ use rdma_virt::msg::{Connect, Count, KeyTable, Request, SwitchLink};
 use rdma_virt::saved::{ContextState, ProcessState, QpPhase, QpState, Remote};
 use serde::{Deserialize, Serialize};
 
-use crate::net::msg::{BornQp, End, JoinLink, Lease, Link, MovedProcess};
+use crate::net::msg::{BornGid, BornQp, End, JoinLink, Lease, Link, MovedProcess};
 
 /// One QP of the moving container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -71,6 +71,9 @@ pub struct PlannedLink {
 pub struct Plan {
     pub links: Vec<PlannedLink>,
     pub born: Vec<BornQp>,
+    /// And what the processes' GIDs are there.
+    #[serde(default)]
+    pub gids: Vec<BornGid>,
 }
 
 fn qps(states: &[ProcessState]) -> impl Iterator<Item = (QpKey, &QpState)> {
@@ -379,6 +382,7 @@ impl Plan {
                 container: container.into(),
                 vpid: s.vpid,
                 vgids: vgids(s),
+                gids: self.gids.iter().filter(|g| g.vpid == s.vpid).map(|g| (g.vgid, g.pgid)).collect(),
                 qps: self.born.iter().filter(|b| b.vpid == s.vpid).map(|b| (b.vqpn, b.pqpn, b.pgid)).collect(),
                 keys: keys.iter().find(|(v, _)| *v == s.vpid).map(|(_, t)| t.clone()).unwrap_or_default(),
                 lease,

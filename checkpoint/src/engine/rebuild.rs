@@ -20,7 +20,7 @@ use super::source::{Run, Stop, confused};
 use crate::agent::{Agent, chain};
 use crate::image::{self, HandOver};
 use crate::incubator;
-use crate::net::msg::{Answer, BornQp, JoinLink, Order};
+use crate::net::msg::{Answer, BornGid, BornQp, JoinLink, Order};
 use crate::uverbs::{self, Device};
 
 /// For making and connecting everything: thousands of QPs at a few milliseconds each.
@@ -77,8 +77,8 @@ impl Run<'_> {
     fn ask_to_rebuild(&mut self, links: Vec<JoinLink>) -> Result<Vec<(Vpid, KeyTable)>, Stop> {
         let deadline = Duration::from_secs(self.world.config().deadlines.reconnect) + OBJECTS + self.answer_time();
         match self.ask_destination(Order::Rebuild { links }, deadline)? {
-            Answer::Rebuilt { qps, keys } => {
-                self.plan.born = qps;
+            Answer::Rebuilt { qps, gids, keys } => {
+                (self.plan.born, self.plan.gids) = (qps, gids);
                 Ok(keys)
             }
             _ => Err(confused("the destination", "rebuild")),
@@ -145,6 +145,12 @@ impl Here {
         Ok((born, keys))
     }
 
+    /// What each GID of the processes' tables is here.
+    pub fn gids(&self) -> Vec<BornGid> {
+        let contexts = self.places.iter().flat_map(|p| p.contexts.iter().map(|c| (p.vpid, c.id, &c.sgid_index[..])));
+        super::dest::gids(contexts, &self.states)
+    }
+
     /// Where packets of this QP come from.
     fn address(&self, vpid: Vpid, made: &rdma_virt::saved::RebuiltQp) -> Result<PGid, String> {
         let place = self.places.iter().filter(|p| p.vpid == vpid).flat_map(|p| &p.contexts);
@@ -153,7 +159,7 @@ impl Here {
         let qp = context.flat_map(|c| c.qps.iter().map(move |q| (c.id, q)));
         let qp = qp.into_iter().find(|(c, q)| (*c, q.id) == (made.context, made.qp)).map(|(_, q)| q);
         let entry = place.zip(qp).and_then(|(place, qp)| entry(&place.sgid_index, qp));
-        // One that is not connected sends from nowhere yet; any entry names this host.
+        // One that is not connected sends from nowhere yet: whoever connects to it goes by the GID it was told.
         let entry = entry.or_else(|| place.and_then(|p| p.sgid_index.first()));
         entry.map(|map| map.physical).ok_or_else(|| format!("{} has no address on this host", made.vqpn))
     }

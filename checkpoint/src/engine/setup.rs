@@ -65,8 +65,8 @@ impl Run<'_> {
     /// The destination makes its objects.
     fn incubate(&mut self) -> Result<(), Stop> {
         match self.ask_destination(Order::Incubate { states: self.states.clone() }, OBJECTS)? {
-            Answer::Incubated { qps } => {
-                self.plan.born = qps;
+            Answer::Incubated { qps, gids } => {
+                (self.plan.born, self.plan.gids) = (qps, gids);
                 Ok(())
             }
             _ => Err(confused("the destination", "incubate")),

@@ -270,13 +270,13 @@ fn answer(t: &mut Truth, order: Order) -> Answer {
         Order::Incubate { .. } => {
             assert!(!t.running, "an incubator makes objects before the process is there");
             t.born = true;
-            Answer::Incubated { qps: vec![born()] }
+            Answer::Incubated { qps: vec![born()], gids: Vec::new() }
         }
         Order::Rebuild { links } => {
             assert!(t.running, "a process that does not run makes no objects");
             assert_eq!(links[0].remote.pqpn, PQpn(55), "connected to the peer's second QP");
             (t.born, t.adopted) = (true, true);
-            Answer::Rebuilt { qps: vec![born()], keys: vec![(Vpid(7), KeyTable::default())] }
+            Answer::Rebuilt { qps: vec![born()], gids: Vec::new(), keys: vec![(Vpid(7), KeyTable::default())] }
         }
         Order::Restore { .. } => {
             t.prepared = true;

@@ -174,12 +174,14 @@ pub enum Answer {
     },
     Incubated {
         qps: Vec<BornQp>,
+        gids: Vec<BornGid>,
     },
     Adopted {
         keys: Vec<(Vpid, KeyTable)>,
     },
     Rebuilt {
         qps: Vec<BornQp>,
+        gids: Vec<BornGid>,
         keys: Vec<(Vpid, KeyTable)>,
     },
 }
@@ -252,6 +254,15 @@ pub struct BornQp {
     pub vqpn: VQpn,
     pub pqpn: PQpn,
     /// Where the far end has to send to.
+    pub pgid: PGid,
+}
+
+/// What a GID of a moved process' table is at its new place. The destination knows it for every entry, also for those
+/// that no QP uses yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BornGid {
+    pub vpid: Vpid,
+    pub vgid: VGid,
     pub pgid: PGid,
 }
 
@@ -356,6 +367,9 @@ pub struct MovedProcess {
     pub vpid: Vpid,
     /// GIDs its application shows to others.
     pub vgids: Vec<VGid>,
+    /// What those are now that have a counterpart there.
+    #[serde(default)]
+    pub gids: Vec<(VGid, PGid)>,
     /// Its virtual QP numbers and where they are.
     pub qps: Vec<(VQpn, PQpn, PGid)>,
     pub keys: KeyTable,

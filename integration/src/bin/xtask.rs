@@ -116,7 +116,19 @@ enum LabTask {
     Down,
 }
 
+/// A lab's nodes outlive the command that started them, so whatever files that one was given (a lock, the writing end
+/// of somebody's pipe) must not be handed on. Nothing of our own is open yet.
+fn close_inherited_files() {
+    let numbers = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers: Vec<i32> = numbers.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+    for fd in numbers.into_iter().filter(|fd| *fd > 2) {
+        // The one the list was read through is closed already.
+        let _ = nix::unistd::close(fd);
+    }
+}
+
 fn main() -> ExitCode {
+    close_inherited_files();
     match run(Cli::parse().command) {
         Ok(code) => code,
         Err(e) => {

@@ -36,7 +36,10 @@ fn exec(ctx: &mut Context) -> Result<()> {
     let (server, client) = ("ck-servers", "ck-client");
     stage.run(server, 150, &["peer"], &[CHECKER, "server", "--processes", "2", "--progress", "1"])?;
     let load = [CHECKER, "client", "--connect", "10.20.0.150", "--duration", "0", "--progress", "1", "--qps", "2"];
-    stage.run(client, 151, &["src", "dst"], &load)?;
+    // The container ends with its first process, and whatever was started by exec ends with it: that one has time to say
+    // goodbye to its server.
+    let first = format!("{}; status=$?; sleep 10; exit $status", load.join(" "));
+    stage.run(client, 151, &["src", "dst"], &["sh", "-c", &first])?;
     stage.flow(client, 200)?;
     // One process of the server serves the main process, the other the one started by exec.
     let mut argv = vec!["migrrdma", "exec", "--detach", client];
