@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
-use super::stage::{CHECKER, Stage, client_moves, plainly};
+use super::stage::{CHECKER, Stage, client_moves, plainly, tail};
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(300);
@@ -37,15 +37,13 @@ fn exec(ctx: &mut Context) -> Result<()> {
     stage.run(server, 150, &["peer"], &[CHECKER, "server", "--processes", "2", "--progress", "1"])?;
     let load = [CHECKER, "client", "--connect", "10.20.0.150", "--duration", "0", "--progress", "1", "--qps", "2"];
     // The container ends with its first process, and whatever was started by exec ends with it: that one has time to say
-    // goodbye to its server.
-    let first = format!("{}; status=$?; sleep 10; exit $status", load.join(" "));
+    // goodbye to its server, and what it said is told last.
+    let first = format!("{}; status=$?; sleep 10; tail -n 3 /dev/shm/said; exit $status", load.join(" "));
     stage.run(client, 151, &["src", "dst"], &["sh", "-c", &first])?;
     stage.flow(client, 200)?;
     // One process of the server serves the main process, the other the one started by exec.
-    let mut argv = vec!["migrrdma", "exec", "--detach", client];
-    argv.extend(load);
-    argv.extend(["--port", "18516"]);
-    stage.node_of(client)?.check(&argv)?;
+    let second = format!("exec {} --port 18516 >/dev/shm/said 2>&1", load.join(" "));
+    stage.node_of(client)?.check(&["migrrdma", "exec", "--detach", client, "sh", "-c", &second])?;
     stage.wait_log(server, "second connection", |t| t.matches("\"running\"").count() == 2)?;
     stage.flow(server, 200)?;
 
@@ -62,9 +60,11 @@ fn exec(ctx: &mut Context) -> Result<()> {
     }
     stage.flow(client, 200)?;
     stage.flow(server, 200)?;
-    // The servers ask their clients to end, also the one whose output nobody keeps.
+    // The servers ask their clients to end, also the one that is not the container's first process.
     stage.terminate(server)?;
-    stage.verdict(server)?;
-    stage.verdict(client)?;
+    let first = stage.verdict(server);
+    let second = stage.verdict(client);
+    first.with_context(|| format!("the container said: {}", tail(&stage.log(client).unwrap_or_default())))?;
+    second?;
     stage.finish()
 }
