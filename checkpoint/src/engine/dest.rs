@@ -376,7 +376,14 @@ impl Arrival {
             }
         }
         match missing {
-            Ok(list) if list.is_empty() => Ok((held, wire)),
+            // Its later QPs get numbers of its own range from the first moment on.
+            Ok(list) if list.is_empty() => match agent.moved.host_guest(container, self.offer.lease) {
+                Ok(()) => Ok((held, wire)),
+                Err(e) => {
+                    give_up(held);
+                    Err(chain(&e))
+                }
+            },
             Ok(list) => {
                 give_up(held);
                 Err(format!("restored processes did not take all their RDMA objects: {}", list.join(", ")))
@@ -402,7 +409,6 @@ impl Arrival {
             if let Some(wire) = &mut wire {
                 wire.up().map_err(|e| format!("the container's network: {e}"))?;
             }
-            agent.moved.host_guest(&container, self.offer.lease).map_err(|e| chain(&e))?;
             agent.doors.bump(&container).map_err(|e| format!("the container's directory: {e}"))?;
             held.release().map_err(|e| format!("letting the tasks run: {e}"))
         };
@@ -475,6 +481,7 @@ impl Arrival {
         let (nursery, store) = match state {
             State::Prepared { nursery, store, held, wire } => {
                 give_up(held);
+                agent.moved.forget_guest(container);
                 drop(wire);
                 (nursery, Some(store))
             }

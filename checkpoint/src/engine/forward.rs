@@ -73,18 +73,28 @@ impl Run<'_> {
         }
         self.effects.committed = true;
 
-        // Our tasks stand still in their cgroup and end there; the others need not wait for that.
+        // Our tasks stand still in their cgroup and end there; nobody else need wait for that.
         let dump = self.effects.dump.take();
-        let ending = thread::Builder::new().name("end".into()).spawn(move || dump.map(super::handover::Dump::accept));
+        let accept = move || dump.map_or(Ok(()), super::handover::Dump::accept);
+        self.effects.ending = thread::Builder::new().name("end".into()).spawn(accept).ok();
+        if self.effects.ending.is_none() {
+            // Without its thread CRIU was refused, and let go of tasks that only their cgroup holds.
+            self.kill_what_is_left();
+        }
         self.tell_destination()?;
         self.timeline.released();
-        match ending.map(std::thread::JoinHandle::join) {
-            Ok(Ok(Some(Err(why)))) => self.note(format!("CRIU, after the decision: {why}")),
-            Ok(Ok(_)) => {}
-            _ => self.note("CRIU's end was not seen"),
+        Ok(())
+    }
+
+    /// The tasks here have ended.
+    fn ended_here(&mut self) {
+        match self.effects.ending.take().map(std::thread::JoinHandle::join) {
+            Some(Ok(Err(why))) => self.note(format!("CRIU, after the decision: {why}")),
+            Some(Ok(Ok(()))) => {}
+            // Its thread could not be started, or an agent that died since had it.
+            Some(Err(_)) | None => {}
         }
         self.kill_what_is_left();
-        Ok(())
     }
 
     pub(super) fn tell_destination(&mut self) -> Result<(), Stop> {
@@ -112,10 +122,14 @@ impl Run<'_> {
         };
         let Switches { peers, inside } = self.plan.switches(&keys);
         let name = self.request.container.clone();
-        self.tell_everybody(&keys);
         let peers = peers.into_iter().map(|(p, r)| (p.agent, p.container, p.vpid, r));
         let inside = inside.into_iter().map(|(vpid, r)| (self.to.clone(), name.clone(), vpid, r));
-        self.all_forward("switch", peers.chain(inside).collect());
+        let asks = peers.chain(inside).collect();
+        // Both come before the barrier, and neither needs the other.
+        thread::scope(|scope| {
+            scope.spawn(|| self.tell_everybody(&keys));
+            self.all_forward("switch", asks);
+        });
         Ok(())
     }
 
@@ -224,8 +238,8 @@ impl Run<'_> {
         for e in self.fan_out(agents, release).into_iter().filter_map(|(_, e)| e) {
             self.note(format!("a peer was not released and will ask: {}", crate::agent::chain(&e)));
         }
+        self.ended_here();
         if let Some(container) = &self.container {
-            self.kill_what_is_left();
             if let Err(e) = self.world.host().forget(container) {
                 self.note(format!("cleaning up here: {e}"));
             }

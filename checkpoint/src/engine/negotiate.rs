@@ -164,7 +164,9 @@ impl Run<'_> {
             .into_iter()
             .map(|(agent, list)| {
                 let local = agent == LOCAL;
-                (agent, list.into_iter().filter(|c| !(local && *c == name)).collect::<Vec<_>>())
+                let new = |c: &String| !(local && *c == name) && !self.held_peers.contains(&(agent.clone(), c.clone()));
+                let list: Vec<String> = list.into_iter().filter(new).collect();
+                (agent, list)
             })
             .filter(|(_, list)| !list.is_empty())
             .collect();
@@ -175,8 +177,9 @@ impl Run<'_> {
             let order = Order::Claim { containers: containers.clone(), port };
             self.world.call(agent, self.id, order, self.answer_time())
         };
-        for (_, answer) in self.fan_out(wanted, claim) {
+        for ((agent, containers), answer) in self.fan_out(wanted, claim) {
             answer?;
+            self.held_peers.extend(containers.into_iter().map(|c| (agent.clone(), c)));
         }
         Ok(())
     }

@@ -6,10 +6,18 @@ use super::source::{Run, Side, Stop, all_good, confused};
 use crate::image::HandOver;
 use crate::net::msg::{Answer, Order};
 use rdma_virt::msg::{Reply, Request};
+use rdma_virt::saved::ProcessState;
 use std::time::Duration;
 
 /// For making and connecting everything on the destination: thousands of QPs at a few milliseconds each.
 const OBJECTS: Duration = Duration::from_secs(120);
+
+/// The states as far as objects depend on them: whether a CQ happens to be armed is the shim's business.
+fn as_objects(states: &[ProcessState]) -> Vec<ProcessState> {
+    let mut states = states.to_vec();
+    states.iter_mut().flat_map(|s| &mut s.contexts).flat_map(|c| &mut c.cqs).for_each(|cq| cq.armed = None);
+    states
+}
 
 impl Run<'_> {
     /// Before suspension.
@@ -19,14 +27,13 @@ impl Run<'_> {
         }
         self.write_record()?;
         self.prepare()?;
-        match self.hand_over {
-            HandOver::Adopt => {
-                self.incubate()?;
-                self.join()
-            }
-            // The rest comes with the switch: there is nothing to connect to yet.
-            HandOver::Rebuild => Ok(()),
+        if self.hand_over == HandOver::Adopt {
+            self.incubate()?;
+            self.join()?;
+            self.set_up_for = Some((as_objects(&self.states), self.plan.clone()));
         }
+        // For a rebuild the rest comes with the switch: there is nothing to connect to yet.
+        Ok(())
     }
 
     /// After the freeze: what was made, connected or destroyed meanwhile.
@@ -44,6 +51,14 @@ impl Run<'_> {
                 "{} was connected while the container was being stopped; try again",
                 loud.near_vqpn
             )));
+        }
+        let mut quiet = self.set_up_for.clone();
+        if let Some((_, plan)) = &mut quiet {
+            plan.links.iter_mut().for_each(|l| l.quiet = true);
+        }
+        if quiet == Some((as_objects(&self.states), self.plan.clone())) {
+            // Nothing was made, connected or destroyed meanwhile: nobody has to be asked.
+            return Ok(());
         }
         self.set_up()
     }

@@ -122,6 +122,8 @@ pub(super) struct Effects {
     pub cgroup: bool,
     pub wire: Option<Box<dyn Wire>>,
     pub dump: Option<Dump>,
+    /// The tasks here are being ended, after the decision.
+    pub ending: Option<thread::JoinHandle<Result<(), String>>>,
     /// Those who wait for the container were told that it goes.
     pub dumped: bool,
     pub images: Option<PathBuf>,
@@ -146,6 +148,10 @@ pub struct Run<'a> {
     /// Host pids of the RDMA processes.
     pub(super) pids: BTreeMap<Vpid, i32>,
     pub(super) plan: Plan,
+    /// Peers' containers that are held for us: agent and container.
+    pub(super) held_peers: BTreeSet<(String, String)>,
+    /// What the destination has made and connected objects for.
+    pub(super) set_up_for: Option<(Vec<ProcessState>, Plan)>,
     pub(super) hand_over: HandOver,
     /// Final, once everybody is suspended.
     pub(super) counts: Counts,
@@ -225,6 +231,8 @@ impl<'a> Run<'a> {
             states: Vec::new(),
             pids: BTreeMap::new(),
             plan: Plan::default(),
+            held_peers: BTreeSet::new(),
+            set_up_for: None,
             hand_over: HandOver::default(),
             counts: Counts::default(),
             lease: Lease { first: 0, count: 0 },

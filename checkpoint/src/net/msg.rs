@@ -94,7 +94,10 @@ pub enum Order {
     /// paths were removed. → [`Answer::Done`]
     TreeStart { whole: bool, gone: Vec<Vec<u8>> },
     /// Its next bytes, at most [`PIECE`]. → [`Answer::Done`]
-    TreePiece { bytes: Vec<u8> },
+    TreePiece {
+        #[serde(with = "serde_bytes")]
+        bytes: Vec<u8>,
+    },
     /// It ends. → [`Answer::Offered`] after the whole bundle: what speaks against the container now that it is there;
     /// else [`Answer::Done`]
     TreeEnd,
@@ -106,7 +109,10 @@ pub enum Order {
     /// A file of the image begins. → [`Answer::Done`]
     FileStart { name: String, len: u64, mode: u32 },
     /// Its next bytes, at most [`PIECE`]. → [`Answer::Done`]
-    FilePiece { bytes: Vec<u8> },
+    FilePiece {
+        #[serde(with = "serde_bytes")]
+        bytes: Vec<u8>,
+    },
     /// It ends; CRC-32 of all its bytes. → [`Answer::Done`]
     FileEnd { crc: u32 },
     /// The image is complete, `files` counted over all rounds; restore, and hold at the last gate. → [`Answer::Done`]:
@@ -191,6 +197,7 @@ pub enum Answer {
 pub struct WholeFile {
     pub name: String,
     pub mode: u32,
+    #[serde(with = "serde_bytes")]
     pub bytes: Vec<u8>,
     /// CRC-32 of the bytes.
     pub crc: u32,
