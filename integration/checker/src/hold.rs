@@ -28,6 +28,8 @@ pub struct Held {
     pub seconds: f64,
     /// Heartbeats received over TCP.
     pub heartbeats: u64,
+    /// The same: all that is done here and could have gone wrong.
+    pub ops: u64,
     /// Bytes of memory held.
     pub held_bytes: usize,
     /// Pages written to.
@@ -167,6 +169,7 @@ impl Holding<'_> {
         Held {
             seconds: self.clock.seconds(),
             heartbeats: self.beats.1,
+            ops: self.beats.1,
             held_bytes: self.memory.as_ref().map_or(0, Memory::len),
             touched: self.touched,
             max_stamp_gap_ms: stamps.max_ns as f64 / 1e6,

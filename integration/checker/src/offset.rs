@@ -46,7 +46,8 @@ impl Offset {
     /// As a line for others to read.
     #[must_use]
     pub fn line(&self) -> String {
-        json!({"event": "offset", "ahead_ns": self.ahead_ns, "error_ns": self.error_ns, "at_ns": self.at_ns}).to_string()
+        json!({"event": "offset", "ahead_ns": self.ahead_ns, "error_ns": self.error_ns, "at_ns": self.at_ns})
+            .to_string()
     }
 }
 

@@ -27,7 +27,7 @@ pub fn run(rig: &Arc<Rig>, path: &str) {
             "wall_ms": now.wall / 1_000_000,
             "bytes": b - bytes,
             "ops": o - ops,
-            "max_gap_ms": gap / 1_000_000,
+            "max_gap_ms": (gap as f64 / 1e4).round() / 100.0,
         });
         (bytes, ops) = (b, o);
         if let Err(e) = tell(path, &line.to_string()) {
