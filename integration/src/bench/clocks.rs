@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 /// Where the checker lies on a node, outside of any container.
-pub const TOOL: &str = "/run/migrrdma-bench-checker";
+pub const TOOL: &str = "/usr/local/bin/migrrdma-bench-checker";
 const PORT: u16 = 18600;
 
 /// How far another clock is ahead, at one moment.

@@ -169,8 +169,9 @@ fn work(matrix: &Matrix, load: &Load, store: &mut Store, limit: Option<Duration>
         );
         let failed = outcome.is_err();
         store.append(*item, took.as_secs_f64(), outcome.map_err(|e| format!("{e:#}")))?;
-        if failed {
-            session.recover()?;
+        if failed && let Err(e) = session.recover() {
+            let _ = session.end();
+            return Err(e);
         }
     }
     session.end()

@@ -3,12 +3,16 @@
 //! One program on each node, the connection between them open before the container is touched, so that nothing but the
 //! three steps is between its last instruction here and its first one there. Images go file by file from the page
 //! cache into the socket; nothing is compressed, hashed or flushed.
+//!
+//! The container's link on the destination comes up after the restore, by hand as well: were it up before, the
+//! destination would answer the peer's TCP segments with a reset before the socket is there.
 
-use crate::lab::bundle::BUNDLES;
+use crate::lab::bundle::{BUNDLES, Bundle};
 use crate::lab::node::Node;
 use crate::lab::wire::Exec;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use std::path::Path;
 use std::time::Duration;
 
 const PORT: u16 = 18700;
@@ -16,10 +20,10 @@ const PORT: u16 = 18700;
 const STATE: &str = "/var/lib/migrrdma-bench";
 const LIMIT: Duration = Duration::from_secs(180);
 
-/// Takes images and restores. Arguments: name, bundle, directory, port.
+/// Takes images, restores, brings the link up. Arguments: name, bundle, directory, port, shell line for the link.
 const RECEIVER: &str = r#"
 import os, socket, struct, subprocess, sys, time
-name, bundle, state, port = sys.argv[1:5]
+name, bundle, state, port, link = sys.argv[1:6]
 images = os.path.join(state, "images")
 os.makedirs(images)
 listener = socket.create_server(("0.0.0.0", int(port)))
@@ -42,7 +46,10 @@ begin = time.monotonic()
 null = open("/dev/null", "r+b")
 done = subprocess.run(["runc", "restore", "--detach", "--tcp-established", "--bundle", bundle, "--image-path", images,
                        "--work-path", state, name], stdin=null, stdout=null, stderr=null)
-conn.sendall(struct.pack("<id", done.returncode, time.monotonic() - begin))
+restored = time.monotonic() - begin
+if done.returncode == 0:
+    subprocess.run(["sh", "-c", link], stdin=null, stdout=null, stderr=null)
+conn.sendall(struct.pack("<id", done.returncode, restored))
 sys.exit(done.returncode)
 "#;
 
@@ -84,6 +91,8 @@ sys.exit(code)
 pub struct Plain<'a> {
     /// Its name, and that of its bundles.
     pub name: &'a str,
+    /// Its address with prefix length.
+    pub ip: &'a str,
     /// Where it is.
     pub from: &'a Node,
     /// Where it shall go.
@@ -99,6 +108,20 @@ impl Plain<'_> {
         format!("{STATE}/{}", self.name)
     }
 
+    fn parts(&self) -> Bundle {
+        Bundle { name: self.name.to_owned(), ip: Some(self.ip.to_owned()), ..Bundle::default() }
+    }
+
+    /// Makes the bundles of a container that runs `command`, with the file `program` in it at `inside`.
+    pub fn prepare(&self, program: &Path, inside: &str, command: &[String]) -> Result<()> {
+        let copies = vec![(program.to_owned(), inside.to_owned())];
+        let bundle = Bundle { copies, command: command.to_vec(), ..self.parts() };
+        bundle.make(self.from)?;
+        // The lab's hook leaves the link of such a container alone.
+        let annotations = vec![("org.migrrdma.incoming".to_owned(), "by hand".to_owned())];
+        Bundle { annotations, ..bundle }.make(self.to).map(drop)
+    }
+
     /// Starts it.
     pub fn start(&self) -> Result<()> {
         let line = format!("runc run --detach --bundle {} {} </dev/null >/dev/null 2>&1", self.bundle(), self.name);
@@ -108,7 +131,10 @@ impl Plain<'_> {
     /// Moves it. What the two programs say of it: `began`, `ended`, `image_bytes`, `steps`.
     pub fn migrate(&self) -> Result<Value> {
         let (bundle, state, port) = (self.bundle(), self.state(), PORT.to_string());
-        let receiver = self.to.spawn(&["python3", "-c", RECEIVER, self.name, &bundle, &state, &port])?;
+        let (veth, address) = (self.parts().veth(), self.ip.split('/').next().unwrap_or(self.ip));
+        let link =
+            format!("ip link set {veth} up; ip netns exec {} arping -q -U -c 1 -w 1 -I eth0 {address}", self.name);
+        let receiver = self.to.spawn(&["python3", "-c", RECEIVER, self.name, &bundle, &state, &port, &link])?;
         receiver.wait_for("ready", Duration::from_secs(30))?;
         let address = self.to.spec.rdma_ip();
         let argv = ["python3", "-c", SENDER, self.name, &state, &address, &port].map(str::to_owned).to_vec();

@@ -35,8 +35,14 @@ impl Session {
         let alone = sole_user()?;
         let (lab, fresh) = Lab::up()?;
         let mut session = Session { lab, keep: keep || !fresh, counting: false, answering: Vec::new(), _alone: alone };
-        session.prepare()?;
-        Ok(session)
+        match session.prepare() {
+            Ok(()) => Ok(session),
+            Err(e) => {
+                // The reason counts, not what else goes wrong.
+                let _ = session.end();
+                Err(e)
+            }
+        }
     }
 
     fn prepare(&mut self) -> Result<()> {

@@ -124,7 +124,7 @@ impl Bundle {
     }
 
     /// Host side interface name: kernel names hold 15 bytes.
-    fn veth(&self) -> String {
+    pub fn veth(&self) -> String {
         format!("vh{}", &content_key(&[self.name.as_bytes()])[..12])
     }
 
