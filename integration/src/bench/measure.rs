@@ -33,17 +33,19 @@ const BEFORE: f64 = 3.0;
 /// Time for the other end to show its gap after the last phase, seconds.
 const AFTER: f64 = 1.5;
 
-/// What the two ends do to each other, beside its amounts.
+/// What is the same in all measurements of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Load {
     /// Operations per second and end; 0 is as many as possible.
     pub rate: u32,
+    /// Further options of every `migrrdma migrate`.
+    pub migrate_options: Vec<String>,
 }
 
 impl Load {
     /// As part of the key of measurements.
     pub fn key(&self) -> String {
-        format!("rate {}", self.rate)
+        format!("rate {}; {}", self.rate, self.migrate_options.join(" "))
     }
 }
 
@@ -72,8 +74,11 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
     }
     let (src, dst, peer) = (stage.ctx.src.clone(), stage.ctx.dst.clone(), stage.ctx.peer.clone());
     let before = (clocks::ask(&src, &dst)?, clocks::ask(&src, &peer)?);
-    let options: &[&str] = if item.variant == Variant::C { &["--no-pre-setup"] } else { &[] };
-    let summary = stage.migrate_with(MOVED, "dst", options)?;
+    let mut options = strs(&load.migrate_options);
+    if item.variant == Variant::C {
+        options.push("--no-pre-setup");
+    }
+    let summary = stage.migrate_with(MOVED, "dst", &options)?;
     let after = (clocks::ask(&src, &dst)?, clocks::ask(&src, &peer)?);
     let to_dst = Offset { before: before.0, after: after.0 };
     let to_peer = Offset { before: before.1, after: after.1 };
@@ -84,6 +89,7 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
     let mut found = Counts {
         mappings: Some(mappings),
         transferred_bytes: summary["image_bytes"].as_u64(),
+        pre_copied_bytes: summary["pre_copied_bytes"].as_u64(),
         driver_calls_in_pause: None,
     };
     if counting && rdma {
@@ -346,12 +352,16 @@ mod tests {
     #[test]
     fn amounts_are_dealt_out_to_the_peers() {
         let item = Item { round: 0, variant: Variant::B, cell: Cell { qps: 8, registered: 16, peers: 4 } };
-        let line = moved_command(&item, &Load { rate: 400 }).join(" ");
+        let line = moved_command(&item, &Load { rate: 400, migrate_options: vec![] }).join(" ");
         assert!(
             line.contains("--qps 2 ") && line.contains("--registered 4 ") && line.contains("--rate 100 "),
             "{line}"
         );
         let item = Item { variant: Variant::A, cell: item.cell.baseline(), ..item };
-        assert!(moved_command(&item, &Load { rate: 0 }).join(" ").contains("hold --connect 10.20.0.182 --processes 4"));
+        assert!(
+            moved_command(&item, &Load { rate: 0, migrate_options: vec![] })
+                .join(" ")
+                .contains("hold --connect 10.20.0.182 --processes 4")
+        );
     }
 }

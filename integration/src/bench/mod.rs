@@ -22,11 +22,11 @@ use crate::lab::paths::Paths;
 use anyhow::{Context, Result};
 use clap::Args;
 use measure::Load;
-use plan::{Matrix, Variant};
+use plan::{Item, Matrix, Variant};
 use report::Report;
 use samples::{Seen, Store};
 use serde_json::json;
-use session::Session;
+use session::{Session, Warm};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -75,6 +75,10 @@ pub struct Options {
     /// Operations per second and end; 0 is as many as possible. Measurements of different rates are kept apart
     #[arg(long, value_name = "N", default_value_t = 500)]
     pub rate: u32,
+    /// A further option of every `migrrdma migrate`, as in --migrate-option=--pre-copy-rounds=0 (repeatable).
+    /// Measurements with different ones are kept apart
+    #[arg(long = "migrate-option", value_name = "OPTION", allow_hyphen_values = true)]
+    pub migrate_options: Vec<String>,
     /// 1, 2, 4 … 128 and 512 QPs, 16, 64, 256 and 512 MiB, 1, 2 and 4 peers: days, in this lab
     #[arg(long, conflicts_with_all = ["qps", "registered", "peers"])]
     pub full: bool,
@@ -113,7 +117,7 @@ impl Options {
 /// Runs the benchmark as far as it gets, and shows what there is then.
 pub fn run(options: &Options) -> Result<()> {
     let matrix = options.matrix()?;
-    let load = Load { rate: options.rate };
+    let load = Load { rate: options.rate, migrate_options: options.migrate_options.clone() };
     let paths = Paths::new()?;
     if !options.no_build && !options.report_only {
         crate::setup::ensure()?;
@@ -146,7 +150,8 @@ fn work(matrix: &Matrix, load: &Load, store: &mut Store, limit: Option<Duration>
         return Ok(());
     }
     let start = Instant::now();
-    let mut session = Session::begin(keep)?;
+    let warm = Warm { item: warm_up(&todo), load };
+    let mut session = Session::begin(keep, &warm)?;
     for (n, item) in todo.iter().enumerate() {
         if limit.is_some_and(|l| start.elapsed() >= l) {
             println!("bench: time is up, {} measurements are left for the next run", todo.len() - n);
@@ -169,12 +174,17 @@ fn work(matrix: &Matrix, load: &Load, store: &mut Store, limit: Option<Duration>
         );
         let failed = outcome.is_err();
         store.append(*item, took.as_secs_f64(), outcome.map_err(|e| format!("{e:#}")))?;
-        if failed && let Err(e) = session.recover() {
+        if failed && let Err(e) = session.recover(&warm) {
             let _ = session.end();
             return Err(e);
         }
     }
     session.end()
+}
+
+/// The one that uses most of what the others use.
+fn warm_up(todo: &[Item]) -> Item {
+    *todo.iter().find(|i| i.variant == Variant::B).unwrap_or(&todo[0])
 }
 
 fn describe(outcome: &Result<Seen>) -> String {

@@ -322,6 +322,7 @@ mod tests {
             throughput_share: None,
             mappings: Some(3),
             transferred_bytes: None,
+            pre_copied_bytes: None,
             made_in_pause: None,
             phases: vec![("dump & more".into(), gap / 2.0), ("restore".into(), gap / 2.0)],
             clock_error_ms: 0.2,

@@ -37,6 +37,7 @@ pub struct Row {
     /// Counts, the largest of all rounds.
     pub mappings: Option<u64>,
     pub transferred_bytes: Option<u64>,
+    pub pre_copied_bytes: Option<u64>,
     pub made_in_pause: Option<u64>,
     /// Median length of each phase (of plain runc: each step), milliseconds, in order.
     pub phases: Vec<(String, f64)>,
@@ -214,6 +215,7 @@ fn row(group: &Group, all: &[Group]) -> Row {
         }),
         mappings: group.most(|s| s.counts.mappings),
         transferred_bytes: group.most(|s| s.counts.transferred_bytes),
+        pre_copied_bytes: group.most(|s| s.counts.pre_copied_bytes),
         made_in_pause: group.most(|s| s.counts.made_in_pause()),
         phases: phases.collect(),
         clock_error_ms: group.seen.iter().map(|(_, s)| s.clock_error_ms).fold(0.0, f64::max),
@@ -389,8 +391,12 @@ mod tests {
             {"phase": "converge", "start": 0.5, "seconds": 0.1},
             {"phase": "switch", "start": 1.5, "seconds": 0.1}]});
         let calls = [("dst qp".to_owned(), 0), ("dst modify-qp".to_owned(), 7)].into();
-        let counts =
-            Counts { mappings: Some(60), transferred_bytes: Some(1 << 20), driver_calls_in_pause: Some(calls) };
+        let counts = Counts {
+            mappings: Some(60),
+            transferred_bytes: Some(1 << 20),
+            driver_calls_in_pause: Some(calls),
+            ..Counts::default()
+        };
         let seen = Seen { gap_ms, clock_error_ms: 0.3, summary, counts, ..Seen::default() };
         Sample { key: "k".into(), item: Item { round, variant, cell }, at: 0.0, took: 1.0, outcome: Ok(seen) }
     }

@@ -25,9 +25,12 @@ pub struct Counts {
     /// Mappings of the container's processes before the move: what CRIU walks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mappings: Option<u64>,
-    /// Bytes of image that went to the destination.
+    /// Bytes of image that went to the destination inside the pause.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub transferred_bytes: Option<u64>,
+    /// Bytes that went there before it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pre_copied_bytes: Option<u64>,
     /// Calls of the driver inside the pause, on the destination and on the peers' host: `dst qp` → 3, `peer qp` → 3.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub driver_calls_in_pause: Option<BTreeMap<String, u64>>,

@@ -18,6 +18,19 @@ const LIMIT: Duration = Duration::from_secs(400);
 /// Clocks further apart than this are set again, seconds.
 const APART: f64 = 0.2;
 
+/// Brings the programs of a move into the page cache.
+const READ: &str = "cat /usr/sbin/criu /usr/sbin/runc /usr/bin/python3 /usr/local/bin/* /usr/local/lib/migrrdma/*.so \
+    /usr/local/lib/migrrdma/criu/* /srv/lab/rootfs/lib/x86_64-linux-gnu/lib[cim]*.so.* >/dev/null 2>&1; true";
+
+/// What fresh nodes are warmed up with.
+#[derive(Debug)]
+pub struct Warm<'a> {
+    /// The move.
+    pub item: Item,
+    /// As in the measurements.
+    pub load: &'a Load,
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct Session {
@@ -31,11 +44,11 @@ pub struct Session {
 
 impl Session {
     /// Brings the lab up, or takes the one that is up.
-    pub fn begin(keep: bool) -> Result<Session> {
+    pub fn begin(keep: bool, warm: &Warm) -> Result<Session> {
         let alone = sole_user()?;
         let (lab, fresh) = Lab::up()?;
         let mut session = Session { lab, keep: keep || !fresh, counting: false, answering: Vec::new(), _alone: alone };
-        match session.prepare() {
+        match session.prepare().and_then(|()| session.warm_up(warm)) {
             Ok(()) => Ok(session),
             Err(e) => {
                 // The reason counts, not what else goes wrong.
@@ -88,11 +101,29 @@ impl Session {
     }
 
     /// Fresh nodes, after a failure.
-    pub fn recover(&mut self) -> Result<()> {
+    pub fn recover(&mut self, warm: &Warm) -> Result<()> {
+        self.reset()?;
+        self.warm_up(warm)
+    }
+
+    fn reset(&mut self) -> Result<()> {
         println!("bench: the nodes are reset");
         self.answering.clear();
         self.lab.reset(&[]).context("reset the nodes")?;
         self.prepare()
+    }
+
+    /// One move that does not count: the first one on fresh nodes reads every program from the disk.
+    fn warm_up(&mut self, warm: &Warm) -> Result<()> {
+        for node in self.lab.nodes()? {
+            node.sh(READ)?;
+        }
+        println!("bench: a move to warm up, ({}) {}", warm.item.variant.letter(), warm.item.cell);
+        if let Err(e) = self.measure(&warm.item, warm.load) {
+            println!("bench: it failed: {e:#}");
+            self.reset()?;
+        }
+        Ok(())
     }
 
     /// Leaves the nodes as they were, and ends the lab if it was started for this.

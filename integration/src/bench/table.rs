@@ -92,12 +92,13 @@ pub fn pauses(report: &Report) -> Grid {
         "own pause, ms",
         "own frozen, ms",
         "mappings",
-        "sent, MiB",
+        "pre-copied, MiB",
+        "sent in pause, MiB",
         "made in pause",
     ]);
     for row in &report.rows {
         let [qps, mib, peers] = amounts(row);
-        let sent = row.transferred_bytes.map(|b| format!("{:.1}", b as f64 / f64::from(1 << 20)));
+        let mib_of = |bytes: Option<u64>| bytes.map(|b| format!("{:.1}", b as f64 / f64::from(1 << 20)));
         grid.rows.push(vec![
             format!("({}) {}", row.variant.letter(), row.variant.title()),
             qps,
@@ -110,7 +111,8 @@ pub fn pauses(report: &Report) -> Grid {
             short_ms(&row.own_pause_ms),
             short_ms(&row.own_frozen_ms),
             or_dash(row.mappings),
-            or_dash(sent),
+            or_dash(mib_of(row.pre_copied_bytes)),
+            or_dash(mib_of(row.transferred_bytes)),
             or_dash(row.made_in_pause),
         ]);
     }
@@ -175,7 +177,7 @@ pub fn legend(report: &Report) -> Vec<String> {
         "made in pause: driver calls on destination and peer that make a context, PD, CQ, QP, SRQ or MR between the \
          first held send and the last release, counted by the nodes' kernels; most of all rounds."
             .into(),
-        "mappings: lines of /proc/PID/maps before the move. sent: bytes of image.".into(),
+        "mappings: lines of /proc/PID/maps before the move. pre-copied, sent: bytes of image that went over before the pause and in it.".into(),
         "RDMA set-up inside the pause: phases converge and switch, which also hold what is not set-up: an upper bound."
             .into(),
     ]

@@ -123,7 +123,7 @@ impl Bundle {
         Ok(())
     }
 
-    /// Host side interface name: kernel names hold 15 bytes.
+    /// Host side interface's name: kernel names hold 15 bytes.
     pub fn veth(&self) -> String {
         format!("vh{}", &content_key(&[self.name.as_bytes()])[..12])
     }
