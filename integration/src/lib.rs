@@ -5,6 +5,7 @@
 //! the project's binaries only, never its internals, so that a test cannot
 //! pass by sharing a bug with the code it tests.
 
+pub mod bench;
 pub mod census;
 pub mod demo;
 pub mod lab;

@@ -50,6 +50,20 @@ pub enum Command {
         #[command(flatten)]
         end: End,
     },
+    /// Hold and touch memory without RDMA, with stamps as the others: what they are compared with
+    Hold(Hold),
+    /// How far another machine's wall clock is ahead of this one's
+    Clock {
+        /// Ask the one that answers at HOST:PORT; otherwise answer on --port until SIGTERM
+        #[arg(long, value_name = "HOST:PORT")]
+        ask: Option<String>,
+        /// UDP port to answer on
+        #[arg(long, default_value_t = 18600)]
+        port: u16,
+        /// Questions
+        #[arg(long, default_value_t = 200)]
+        rounds: u32,
+    },
     /// Both ends in this process
     Loopback {
         #[command(flatten)]
@@ -69,6 +83,38 @@ pub enum Command {
     },
 }
 
+/// Options of the role that holds memory.
+#[derive(Args, Clone, Debug)]
+pub struct Hold {
+    /// Address of the other end; without one, wait for it
+    #[arg(long)]
+    pub connect: Option<String>,
+    /// TCP port; with several processes the first of as many
+    #[arg(long, default_value_t = 18515)]
+    pub port: u16,
+    /// Independent processes
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub processes: u16,
+    /// MiB of private memory that are filled and held
+    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    pub memory: u32,
+    /// Threads beside the main one and the stamp thread: as many as an end with RDMA has
+    #[arg(long, default_value_t = 3)]
+    pub threads: u16,
+    /// Pages written to per second, one after the other
+    #[arg(long, default_value_t = 100)]
+    pub touch: u32,
+    /// Milliseconds between two stamps of the stamp thread
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    pub stamp_ms: u64,
+    /// Fail when nothing is heard for this many seconds
+    #[arg(long, default_value_t = 120.0)]
+    pub stall_timeout: f64,
+    /// Append the result to this file as well
+    #[arg(long, value_name = "FILE")]
+    pub result: Option<std::path::PathBuf>,
+}
+
 /// Options of one end.
 #[derive(Args, Clone, Debug)]
 pub struct End {
@@ -84,6 +130,9 @@ pub struct End {
     /// What sysfs says of the device, read past the library, must not change either
     #[arg(long)]
     pub check_sysfs: bool,
+    /// Register so many MiB in all: what the QPs leave of it is filled, registered and not used
+    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    pub registered: u32,
     /// Append a line of JSON every 100 ms to this file (`-`: standard output)
     #[arg(long)]
     pub timeline: Option<String>,
@@ -116,6 +165,7 @@ impl End {
             port: self.ib_port,
             gid_index: self.gid_index,
             check_sysfs: self.check_sysfs,
+            registered: (self.registered as usize) << 20,
         }
     }
 

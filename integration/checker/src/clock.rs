@@ -15,6 +15,10 @@ use std::time::Duration;
 
 /// Disagreement of the two clocks within one step that is reported.
 const STEP_NS: i64 = 200_000_000;
+/// Standstills from this length on are kept one by one, the longest ones.
+const GAP_NS: i64 = 20_000_000;
+/// How many of them.
+const GAPS: usize = 64;
 
 /// The two clocks of the system, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +44,15 @@ impl Reading {
     }
 }
 
+/// One standstill: the stamps on both sides of it, each by the clocks of the machine it was taken on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// Last stamp before.
+    pub before: Reading,
+    /// First stamp after.
+    pub after: Reading,
+}
+
 /// What the stamps have shown.
 #[derive(Clone, Debug, Default)]
 pub struct Stamps {
@@ -53,6 +66,20 @@ pub struct Stamps {
     pub max_wall_ns: i64,
     /// Steps on which the clocks disagreed, and by how much: (monotonic, wall) in milliseconds.
     pub jumps: Vec<(i64, i64)>,
+    /// The longest standstills, in the order they happened.
+    pub gaps: Vec<Gap>,
+}
+
+impl Stamps {
+    fn keep(&mut self, gap: Gap) {
+        let length = |g: &Gap| g.after.wall - g.before.wall;
+        self.gaps.push(gap);
+        if self.gaps.len() > GAPS
+            && let Some((shortest, _)) = self.gaps.iter().enumerate().min_by_key(|(_, g)| length(g))
+        {
+            self.gaps.remove(shortest);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -97,6 +124,7 @@ impl Clock {
         let mut i = lock(&self.inner);
         let mono = r.mono - i.last.mono;
         let wall = r.wall - i.last.wall;
+        let gap = Gap { before: i.last, after: r };
         i.last = r;
         let step = match (mono >= 0, wall >= 0) {
             (true, true) => mono.min(wall),
@@ -113,6 +141,9 @@ impl Clock {
         if stood > s.max_ns {
             s.max_ns = stood;
             s.max_at_wall_ms = r.wall / 1_000_000;
+        }
+        if stood >= GAP_NS {
+            s.keep(gap);
         }
         s.max_mono_ns = s.max_mono_ns.max(mono);
         s.max_wall_ns = s.max_wall_ns.max(wall);
@@ -173,6 +204,25 @@ mod tests {
         c.stamp(at(20, 900));
         assert_eq!(c.stamps().max_ns, 900_000_000);
         assert_eq!(c.now_ns(), 20_000_000);
+    }
+
+    #[test]
+    fn the_longest_standstills_are_kept_with_the_stamps_on_both_sides() {
+        let c = Clock::new(at(0, 0));
+        let (mut t, mut longest) = (0, at(0, 0));
+        for n in 0..200 {
+            t += if n == 7 { 900 } else { 30 };
+            if n == 7 {
+                longest = at(t, t);
+            }
+            c.stamp(at(t, t));
+            t += 1;
+            c.stamp(at(t, t));
+        }
+        let gaps = c.stamps().gaps;
+        assert_eq!(gaps.len(), GAPS);
+        assert!(gaps.is_sorted_by_key(|g| g.after.wall));
+        assert!(gaps.iter().any(|g| g.after == longest && g.after.wall - g.before.wall == 900_000_000));
     }
 
     #[test]

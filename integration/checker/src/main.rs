@@ -7,7 +7,7 @@ use rdma_checker::pattern::Side;
 use rdma_checker::timeline::say;
 use rdma_checker::wire::Wire;
 use rdma_checker::workload::Workload;
-use rdma_checker::{processes, report, run, signals, verbs};
+use rdma_checker::{hold, offset, processes, report, run, signals, timeline, verbs};
 use std::net::TcpListener;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -47,6 +47,20 @@ fn role(command: Command) -> Result<bool> {
         }
         Command::Server { port, processes, .. } | Command::Client { port, processes, .. } => many(port, processes),
         Command::Loopback { workload, end } => loopback(normal(*workload)?, &end),
+        Command::Hold(h) if h.processes > 1 => many(h.port, h.processes),
+        Command::Hold(h) => {
+            let outcome = hold::run(&h)?;
+            say(&outcome.line())?;
+            if let Some(path) = &h.result {
+                timeline::append(path, &outcome.line()).with_context(|| format!("write {}", path.display()))?;
+            }
+            Ok(outcome.ok())
+        }
+        Command::Clock { ask: Some(whom), rounds, .. } => {
+            say(&offset::ask(&whom, rounds)?.line())?;
+            Ok(true)
+        }
+        Command::Clock { ask: None, port, .. } => offset::answer(port).map(|()| true),
         Command::Pair { port, workload, .. } => {
             normal(*workload)?;
             pair(port)

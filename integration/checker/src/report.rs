@@ -1,6 +1,6 @@
 //! The result of a run, as the last line on standard output.
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Gap};
 use crate::rig::Rig;
 use serde::Serialize;
 use serde_json::json;
@@ -55,6 +55,11 @@ pub struct Outcome {
     pub max_stamp_gap_wall_ms: f64,
     /// Steps on which the clocks disagreed: (monotonic, wall) in milliseconds.
     pub clock_jumps: Vec<(i64, i64)>,
+    /// The longest standstills of the stamp thread: wall clock before and after, monotonic clock before and after,
+    /// in nanoseconds.
+    pub stamp_gaps: Vec<[i64; 4]>,
+    /// Bytes of memory registered.
+    pub registered_bytes: usize,
     /// Violations, all of them.
     pub error_count: u64,
     /// The first of them.
@@ -112,9 +117,17 @@ pub fn gather(rig: &Rig, heartbeats: u64) -> Outcome {
         max_stamp_gap_mono_ms: ms(stamps.max_mono_ns),
         max_stamp_gap_wall_ms: ms(stamps.max_wall_ns),
         clock_jumps: stamps.jumps,
+        stamp_gaps: stamp_gaps(&stamps.gaps),
+        registered_bytes: rig.registered(),
         error_count: rig.failures.count(),
         errors: rig.failures.first(),
     }
+}
+
+/// Standstills as they are reported.
+#[must_use]
+pub fn stamp_gaps(gaps: &[Gap]) -> Vec<[i64; 4]> {
+    gaps.iter().map(|g| [g.before.wall, g.after.wall, g.before.mono, g.after.mono]).collect()
 }
 
 /// The final line when there was no run to report of.

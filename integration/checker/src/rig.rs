@@ -27,6 +27,8 @@ pub struct Local {
     pub gid_index: Option<u8>,
     /// Files of sysfs must not change either.
     pub check_sysfs: bool,
+    /// Bytes to be registered in all: what the QPs leave of it is registered as well and lies idle.
+    pub registered: usize,
 }
 
 /// One CQ with its place in the polling threads.
@@ -82,6 +84,8 @@ pub struct Rig {
     pub links: Vec<Link>,
     /// Unused QPs in various states.
     pub idle: Vec<Qp>,
+    /// Registered memory that nobody uses.
+    ballast: Option<(Memory, Mr)>,
     /// Time.
     pub clock: Arc<Clock>,
     /// Violations.
@@ -133,6 +137,7 @@ impl Rig {
             pools: Vec::new(),
             links: Vec::new(),
             idle: Vec::new(),
+            ballast: None,
             clock,
             failures: Arc::default(),
             stats: Arc::default(),
@@ -148,7 +153,25 @@ impl Rig {
         if rig.w.idle_qps {
             rig.make_idle().context("make unused QPs")?;
         }
+        rig.make_ballast(local.registered)?;
         Ok(rig)
+    }
+
+    /// Bytes registered.
+    #[must_use]
+    pub fn registered(&self) -> usize {
+        let links = self.links.iter().map(|l| l.send_memory.len() + l.shared_memory.len());
+        let pools = self.pools.iter().map(|p| p.memory.len());
+        links.chain(pools).chain(self.ballast.iter().map(|(m, _)| m.len())).sum()
+    }
+
+    fn make_ballast(&mut self, total: usize) -> Result<()> {
+        if let Some(left) = total.checked_sub(self.registered()).map(|n| n / 4096 * 4096).filter(|n| *n > 0) {
+            let memory = Memory::filled(left).with_context(|| format!("{left} bytes of idle memory"))?;
+            let mr = Mr::register(&self.pds[0], &memory, true, false).context("register idle memory")?;
+            self.ballast = Some((memory, mr));
+        }
+        Ok(())
     }
 
     fn context_of(&self, qp: u16) -> usize {
@@ -415,6 +438,12 @@ impl Rig {
                 srq.destroy().context("destroy an SRQ")?;
             }
             p.mr.dereg().context("receive memory")?;
+        }
+        if let Some((memory, mr)) = self.ballast {
+            if let Some(at) = memory.first_unlike() {
+                bail!("idle memory of {} bytes has changed at byte {at}", memory.len());
+            }
+            mr.dereg().context("idle memory")?;
         }
         for (i, q) in self.queues.iter().enumerate() {
             let left = q.unacked.load(std::sync::atomic::Ordering::SeqCst);

@@ -27,20 +27,25 @@ pub fn run(rig: &Arc<Rig>, path: &str) {
             "wall_ms": now.wall / 1_000_000,
             "bytes": b - bytes,
             "ops": o - ops,
-            "max_gap_ms": gap / 1_000_000,
+            "max_gap_ms": (gap as f64 / 1e4).round() / 100.0,
         });
         (bytes, ops) = (b, o);
-        if let Err(e) = append(path, &line.to_string()) {
+        if let Err(e) = tell(path, &line.to_string()) {
             rig.failures.add(format!("timeline {path}: {e}"));
             return;
         }
     }
 }
 
-fn append(path: &str, line: &str) -> std::io::Result<()> {
-    if path == "-" {
-        return say(line);
-    }
+fn tell(path: &str, line: &str) -> std::io::Result<()> {
+    if path == "-" { say(line) } else { append(path.as_ref(), line) }
+}
+
+/// Appends one whole line to a file.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn append(path: &std::path::Path, line: &str) -> std::io::Result<()> {
     let mut f = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
     f.write_all(format!("{line}\n").as_bytes())
 }

@@ -128,7 +128,7 @@ pub enum Fault {
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Workload {
     /// Connected QPs
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=512))]
     pub qps: u16,
     /// Requests under way per QP and direction
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]

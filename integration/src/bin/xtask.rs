@@ -11,7 +11,7 @@ use integration::lab::paths::Paths;
 use integration::lab::topology::NodeSpec;
 use integration::lab::wire::Exec;
 use integration::lab::{Lab, deploy, guest};
-use integration::{demo, scenario, scenarios, setup, verdict};
+use integration::{bench, demo, scenario, scenarios, setup, verdict};
 
 #[derive(Parser)]
 #[command(name = "xtask", bin_name = "cargo xtask", about = "Project tasks")]
@@ -42,6 +42,9 @@ enum Task {
         #[arg(long, default_value_t = 4)]
         qps: u16,
     },
+    /// Measure in the lab
+    #[command(subcommand)]
+    Bench(BenchTask),
     /// Install what building and the lab need
     Setup,
     /// Serve a node's control channel (runs inside the node)
@@ -53,6 +56,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+}
+
+#[derive(Subcommand)]
+enum BenchTask {
+    /// How long a moved container stands still: with RDMA and without, with pre-setup and without, and by plain runc
+    Blackout(bench::Options),
 }
 
 #[derive(Subcommand)]
@@ -160,6 +169,7 @@ fn run(task: Task) -> Result<ExitCode> {
             let tally = scenario::run(&groups, &options)?;
             return Ok(if tally.failed() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
+        Task::Bench(BenchTask::Blackout(options)) => bench::run(&options)?,
         Task::Setup => setup::ensure()?,
         Task::Guest => guest::serve()?,
         Task::Lab(task) => return lab(task),

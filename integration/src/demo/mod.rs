@@ -218,7 +218,7 @@ fn migrate(from: &Node, to: &NodeSpec) -> Result<Value> {
 }
 
 /// From the summary of `migrrdma migrate`: `began` in seconds since 1970, spans in seconds from there.
-fn as_move(title: &str, summary: &Value) -> Result<Move> {
+pub(crate) fn as_move(title: &str, summary: &Value) -> Result<Move> {
     let began = summary["began"].as_f64().context("the migration's report does not say when it began")? * 1000.0;
     let spans = summary["spans"].as_array().context("the migration's report has no phases")?;
     let phases: Vec<Phase> = spans

@@ -5,7 +5,7 @@
 use std::fmt::Write;
 
 /// Work done in one interval, as one end of the connection saw it.
-#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Sample {
     /// End of the interval: milliseconds on the axis of the run.
     pub at_ms: f64,
@@ -40,20 +40,20 @@ const TOP: f64 = 40.0;
 const PLOT: f64 = 260.0;
 const LANE: f64 = 18.0;
 /// Phases are coloured in turn; neighbours differ in lightness as well, for readers who see no hue.
-const COLOURS: [&str; 6] = ["#4269d0", "#97bbf5", "#3ca951", "#a3d5ac", "#9c6b4e", "#efb118"];
+pub(crate) const COLOURS: [&str; 6] = ["#4269d0", "#97bbf5", "#3ca951", "#a3d5ac", "#9c6b4e", "#efb118"];
 
 /// A step of 1, 2 or 5 times a power of ten that cuts `span` into at most `most` parts.
-fn step(span: f64, most: f64) -> f64 {
+pub(crate) fn step(span: f64, most: f64) -> f64 {
     let raw = (span / most).max(f64::MIN_POSITIVE);
     let power = 10f64.powf(raw.log10().floor());
     [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= raw * 0.999).unwrap_or(10.0 * power)
 }
 
-fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     let text = format!("{value:.2}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

@@ -123,8 +123,8 @@ impl Bundle {
         Ok(())
     }
 
-    /// Host side interface name: kernel names hold 15 bytes.
-    fn veth(&self) -> String {
+    /// Host side interface's name: kernel names hold 15 bytes.
+    pub fn veth(&self) -> String {
         format!("vh{}", &content_key(&[self.name.as_bytes()])[..12])
     }
 

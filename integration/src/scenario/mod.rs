@@ -65,6 +65,20 @@ pub struct Context {
 }
 
 impl Context {
+    /// The nodes of a lab that is up, for so long.
+    pub fn new(lab: &Lab, limit: Duration) -> Result<Context> {
+        Ok(Context {
+            src: lab.node("src")?,
+            dst: lab.node("dst")?,
+            peer: lab.node("peer")?,
+            root: lab.paths().root.clone(),
+            target: lab.paths().target.clone(),
+            deadline: Instant::now() + limit,
+            allowed: Vec::new(),
+            notes: Vec::new(),
+        })
+    }
+
     /// A node by name.
     pub fn node(&self, name: &str) -> Result<&Node> {
         match name {
@@ -168,7 +182,7 @@ pub fn run(groups: &[&[Scenario]], options: &Options) -> Result<Tally> {
 }
 
 /// One run of scenarios per lab instance: each resets the nodes.
-fn sole_user() -> Result<Flock<fs::File>> {
+pub(crate) fn sole_user() -> Result<Flock<fs::File>> {
     let paths = Paths::new()?;
     fs::create_dir_all(paths.run())?;
     let file = fs::File::create(paths.run().join("scenarios.lock"))?;
@@ -234,16 +248,7 @@ impl Runner {
         }
         let before: Vec<LinkHealth> = self.lab.nodes()?.iter().map(LinkHealth::take).collect::<Result<_>>()?;
 
-        let mut ctx = Context {
-            src: self.lab.node("src")?,
-            dst: self.lab.node("dst")?,
-            peer: self.lab.node("peer")?,
-            root: self.lab.paths().root.clone(),
-            target: self.lab.paths().target.clone(),
-            deadline: Instant::now() + scenario.limit,
-            allowed: Vec::new(),
-            notes: Vec::new(),
-        };
+        let mut ctx = Context::new(&self.lab, scenario.limit)?;
         let (tx, rx) = mpsc::channel();
         let proof = scenario.run;
         let worker = thread::spawn(move || {

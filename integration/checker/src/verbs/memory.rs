@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "maps memory and calls libibverbs")]
 
 use super::{Pd, check, last};
+use crate::pattern::mix;
 use rdma_sys as ib;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,6 +47,30 @@ impl Memory {
             start: unsafe { p.cast::<u8>().add(skew) },
             len,
         })
+    }
+
+    /// Maps `len` bytes in whole words and gives every word a value that says where it is.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn filled(len: usize) -> io::Result<Self> {
+        let memory = Self::map(len, 0)?;
+        (0..len / 8).for_each(|i| memory.touch(i * 8));
+        Ok(memory)
+    }
+
+    /// Writes the word at `at` as [`Memory::filled`] does.
+    ///
+    /// # Panics
+    /// When it is outside or not aligned.
+    pub fn touch(&self, at: usize) {
+        self.word(at).store(mix(at as u64), Ordering::Relaxed);
+    }
+
+    /// First byte of filled memory whose word is not what it was filled with.
+    #[must_use]
+    pub fn first_unlike(&self) -> Option<usize> {
+        (0..self.len / 8).map(|i| i * 8).find(|at| self.load(*at) != mix(*at as u64))
     }
 
     /// Address of a byte, as the device is told.

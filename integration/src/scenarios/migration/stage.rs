@@ -47,6 +47,16 @@ impl<'a> Stage<'a> {
     ///
     /// `host` is the last part of its address in 10.20.0.0/24.
     pub fn run(&mut self, name: &str, host: u8, homes: &[&str], command: &[&str]) -> Result<()> {
+        self.prepare(name, host, homes, command)?;
+        let dir = format!("{BUNDLES}/{name}");
+        let node = self.node_of(name)?;
+        node.check(&["migrrdma", "run", "--detach", "--supervise", "--bundle", &dir, name])
+            .with_context(|| format!("start {name} on {}", node.name()))
+            .map(drop)
+    }
+
+    /// As [`Stage::run`], and starts nothing.
+    pub fn prepare(&mut self, name: &str, host: u8, homes: &[&str], command: &[&str]) -> Result<()> {
         let checker = self.ctx.target.join("release/rdma-checker");
         let copies = if command.iter().any(|word| word.contains(CHECKER)) {
             ensure!(checker.exists(), "{} is missing: run `cargo build --release -p rdma-checker`", checker.display());
@@ -66,10 +76,6 @@ impl<'a> Stage<'a> {
             .with_context(|| format!("bundle of {name} on {home}"))?;
         }
         let start = homes.first().context("a container needs a home")?;
-        let dir = format!("{BUNDLES}/{name}");
-        let node = self.ctx.node(start)?;
-        node.check(&["migrrdma", "run", "--detach", "--supervise", "--bundle", &dir, name])
-            .with_context(|| format!("start {name} on {start}"))?;
         self.cast.push(Actor {
             name: name.to_owned(),
             at: (*start).to_owned(),
@@ -146,7 +152,8 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    fn migrate_with(&mut self, name: &str, to: &str, options: &[&str]) -> Result<Value> {
+    /// As [`Stage::migrate`], with further options of `migrrdma migrate`.
+    pub fn migrate_with(&mut self, name: &str, to: &str, options: &[&str]) -> Result<Value> {
         let out = self.try_migrate(name, to, options)?;
         let from = self.actor(name)?.at.clone();
         if !out.success() {
