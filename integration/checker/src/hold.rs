@@ -156,15 +156,27 @@ impl Holding<'_> {
         let Some(memory) = &self.memory else { return };
         let due = (now * f64::from(self.options.touch)) as u64;
         while self.touched < due {
-            let page = usize::try_from(self.touched).unwrap_or(0) % (memory.len() / PAGE);
-            memory.touch(page * PAGE);
+            let pages = (memory.len() / PAGE) as u64;
+            let page = usize::try_from(self.touched % pages).unwrap_or(0);
+            memory.touch(page * PAGE, self.touched / pages + 1);
             self.touched += 1;
         }
     }
 
+    /// First byte that is not what was written there last.
+    fn wrong(&self) -> Option<usize> {
+        let memory = self.memory.as_ref()?;
+        let pages = (memory.len() / PAGE) as u64;
+        let times = |at: usize| match at % PAGE {
+            0 => (self.touched + pages - 1 - (at / PAGE) as u64) / pages,
+            _ => 0,
+        };
+        memory.first_unlike(times)
+    }
+
     fn outcome(&self) -> Held {
         let stamps = self.clock.stamps();
-        let changed = self.memory.as_ref().and_then(Memory::first_unlike);
+        let changed = self.wrong();
         let errors: Vec<String> = changed.iter().map(|at| format!("held memory has changed at byte {at}")).collect();
         Held {
             seconds: self.clock.seconds(),

@@ -440,7 +440,7 @@ impl Rig {
             p.mr.dereg().context("receive memory")?;
         }
         if let Some((memory, mr)) = self.ballast {
-            if let Some(at) = memory.first_unlike() {
+            if let Some(at) = memory.first_unlike(|_| 0) {
                 bail!("idle memory of {} bytes has changed at byte {at}", memory.len());
             }
             mr.dereg().context("idle memory")?;

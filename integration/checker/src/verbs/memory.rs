@@ -55,22 +55,22 @@ impl Memory {
     /// When there is no memory.
     pub fn filled(len: usize) -> io::Result<Self> {
         let memory = Self::map(len, 0)?;
-        (0..len / 8).for_each(|i| memory.touch(i * 8));
+        (0..len / 8).for_each(|i| memory.touch(i * 8, 0));
         Ok(memory)
     }
 
-    /// Writes the word at `at` as [`Memory::filled`] does.
+    /// Writes the word at `at` for that time; [`Memory::filled`] does it for time 0.
     ///
     /// # Panics
     /// When it is outside or not aligned.
-    pub fn touch(&self, at: usize) {
-        self.word(at).store(mix(at as u64), Ordering::Relaxed);
+    pub fn touch(&self, at: usize, time: u64) {
+        self.word(at).store(mix(at as u64 ^ time << 40), Ordering::Relaxed);
     }
 
-    /// First byte of filled memory whose word is not what it was filled with.
+    /// First byte of filled memory whose word is not what it was when it was last touched; `time` says when that was.
     #[must_use]
-    pub fn first_unlike(&self) -> Option<usize> {
-        (0..self.len / 8).map(|i| i * 8).find(|at| self.load(*at) != mix(*at as u64))
+    pub fn first_unlike(&self, time: impl Fn(usize) -> u64) -> Option<usize> {
+        (0..self.len / 8).map(|i| i * 8).find(|at| self.load(*at) != mix(*at as u64 ^ time(*at) << 40))
     }
 
     /// Address of a byte, as the device is told.

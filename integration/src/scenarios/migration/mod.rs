@@ -10,6 +10,7 @@ mod copies;
 mod failures;
 mod perftest;
 mod places;
+mod precopy;
 mod processes;
 mod rebuild;
 pub mod stage;
@@ -22,6 +23,7 @@ pub const GROUPS: &[&[Scenario]] = &[
     places::CLAIMS,
     perftest::CLAIMS,
     processes::CLAIMS,
+    precopy::CLAIMS,
     rebuild::CLAIMS,
     failures::CLAIMS,
     copies::CLAIMS,
