@@ -153,7 +153,8 @@ fn work(matrix: &Matrix, load: &Load, store: &mut Store, limit: Option<Duration>
     let warm = Warm { item: warm_up(&todo), load };
     let mut session = Session::begin(keep, &warm)?;
     for (n, item) in todo.iter().enumerate() {
-        if limit.is_some_and(|l| start.elapsed() >= l) {
+        // At least one, or a run that takes long to warm up would never get on.
+        if n > 0 && limit.is_some_and(|l| start.elapsed() >= l) {
             println!("bench: time is up, {} measurements are left for the next run", todo.len() - n);
             break;
         }
