@@ -6,13 +6,14 @@
 
 use super::clocks::{self, Offset};
 use super::counts;
-use super::plain::Plain;
+use super::plain::{self, Plain};
 use super::plan::{Item, Variant};
 use super::samples::{Counts, OtherEnd, Seen};
 use super::statistics;
 use crate::demo::picture;
-use crate::lab::deploy;
+use crate::lab::node::Node;
 use crate::lab::paths::Paths;
+use crate::lab::{bundle, deploy};
 use crate::scenario::Context;
 use crate::scenarios::migration::stage::{CHECKER, Stage, json_lines, tail};
 use anyhow::{Context as _, Result, ensure};
@@ -58,6 +59,16 @@ pub fn measure(ctx: &mut Context, item: &Item, load: &Load, counting: bool) -> R
     };
     stage.finish()?;
     Ok(seen)
+}
+
+/// Removes what an interrupted run has left on a node; nothing to remove is no error.
+pub fn clear(node: &Node) {
+    for name in [MOVED, OTHER] {
+        plain::remove(node, name);
+        let _ = node.exec(&["migrrdma", "delete", "--force", name]);
+        let _ = bundle::remove(node, name);
+        let _ = node.exec(&["rm", "-rf", &format!("/var/lib/migrrdma/containers/{name}")]);
+    }
 }
 
 fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) -> Result<Seen> {

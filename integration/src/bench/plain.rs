@@ -167,10 +167,16 @@ impl Plain<'_> {
 
     /// Removes everything of it but the bundles.
     pub fn remove(&self) {
-        for node in [self.from, self.to] {
-            let state = self.state();
-            let _ =
-                node.exec(&["sh", "-c", &format!("runc delete --force {}; rm -rf {state}; rmdir {STATE}", self.name)]);
-        }
+        remove(self.from, self.name);
+        remove(self.to, self.name);
     }
+}
+
+/// Removes a container of plain runc and its images from a node; its not being there is no error.
+pub fn remove(node: &Node, name: &str) {
+    let _ = node.exec(&[
+        "sh",
+        "-c",
+        &format!("runc delete --force {name}; rm -rf {STATE}/{name}; [ ! -e {STATE} ] || rmdir {STATE}"),
+    ]);
 }

@@ -35,6 +35,8 @@ pub struct Warm<'a> {
 #[derive(Debug)]
 pub struct Session {
     lab: Lab,
+    /// Whether the lab was up before: an interrupted run may have left something.
+    found: bool,
     /// Whether the lab shall be up afterwards.
     keep: bool,
     counting: bool,
@@ -47,7 +49,8 @@ impl Session {
     pub fn begin(keep: bool, warm: &Warm) -> Result<Session> {
         let alone = sole_user()?;
         let (lab, fresh) = Lab::up()?;
-        let mut session = Session { lab, keep: keep || !fresh, counting: false, answering: Vec::new(), _alone: alone };
+        let mut session =
+            Session { lab, found: !fresh, keep: keep || !fresh, counting: false, answering: Vec::new(), _alone: alone };
         match session.prepare().and_then(|()| session.warm_up(warm)) {
             Ok(()) => Ok(session),
             Err(e) => {
@@ -64,6 +67,9 @@ impl Session {
         let tool = deploy::built(self.lab.paths(), "rdma-checker");
         let nodes = self.lab.nodes()?;
         for node in &nodes {
+            if self.found {
+                measure::clear(node);
+            }
             node.push(&tool, clocks::TOOL)?;
         }
         self.counting = nodes.iter().map(counts::watch).collect::<Result<Vec<_>>>()?.into_iter().all(|can| can);
@@ -110,6 +116,7 @@ impl Session {
         println!("bench: the nodes are reset");
         self.answering.clear();
         self.lab.reset(&[]).context("reset the nodes")?;
+        self.found = false;
         self.prepare()
     }
 
