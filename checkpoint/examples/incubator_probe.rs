@@ -118,7 +118,7 @@ fn main() {
 
 fn process(vpid: i32, gid: VGid) -> ProcessState {
     let contexts = (1..=vpid as u32).map(|n| context(n, gid)).collect();
-    ProcessState { vpid: Vpid(vpid), comm: "probe".into(), builds: vec![], contexts, blockers: vec![] }
+    ProcessState { vpid: Vpid(vpid), comm: "probe".into(), builds: vec![], contexts, blockers: vec![], memory: vec![] }
 }
 
 /// One context with every kind of object. Sizes are what rxe makes of these numbers.

@@ -250,6 +250,7 @@ mod tests {
                     builds: vec![],
                     contexts: vec![],
                     blockers: vec![],
+                    memory: vec![],
                 },
                 host_pid: 4711,
             }],

@@ -18,6 +18,27 @@ pub struct ProcessState {
     pub contexts: Vec<ContextState>,
     /// What this process uses that cannot be moved. Empty means it can.
     pub blockers: Vec<Blocker>,
+    /// Registered memory that lies in files. Ranges do not overlap.
+    pub memory: Vec<BackedMemory>,
+}
+
+/// A range of a process that is the beginning of a file in the directory of the container's memory files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackedMemory {
+    /// Name in that directory.
+    pub file: String,
+    /// Address in the process, page-aligned.
+    pub addr: u64,
+    /// Bytes, whole pages.
+    pub len: u64,
+}
+
+impl BackedMemory {
+    /// Whether all of `[addr, addr + len)` lies in it.
+    pub fn holds(&self, addr: u64, len: u64) -> bool {
+        let end = addr.checked_add(len);
+        addr >= self.addr && end.is_some_and(|end| end <= self.addr.saturating_add(self.len))
+    }
 }
 
 /// A mapped file and its build id in hexadecimal (empty if it has none).

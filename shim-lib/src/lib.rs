@@ -18,11 +18,13 @@
 //! | [`ops`], [`query`], [`events`], [`cq_ex`] | op tables, questions, events, readers |
 //! | [`tables`], [`convert`], [`lock`] | virtual and physical numbers; work requests; the queues' lock |
 //! | [`provider`], [`helper_qp`] | what is known of Soft-RoCE; raising an event |
+//! | [`backing`] | registered memory lies in files that can be copied while it is in use |
 //! | [`descriptors`] | a new open file behind a number the application knows |
 //! | [`control`] | the thread that talks to the agent |
 #![allow(missing_debug_implementations, reason = "shadow objects are C memory; their ids are in the messages")]
 
 mod abi;
+mod backing;
 mod blockers;
 mod channel;
 mod context;

@@ -11,11 +11,11 @@ use rdma_virt::id::{ObjId, PLkey, PRkey, VLkey, VRkey};
 
 use crate::abi::{ibv_mr, ibv_pd};
 use crate::entry::entry;
-use crate::errno::Errno;
+use crate::errno::{Errno, set_errno};
 use crate::pd::{self, ShadowPd};
 use crate::real::verbs;
 use crate::registry::{self, Shadow};
-use crate::{blockers, gate};
+use crate::{backing, blockers, gate};
 
 /// Flags of `ibv_rereg_mr`.
 const CHANGE_TRANSLATION: c_int = 1 << 0;
@@ -40,6 +40,8 @@ pub struct ShadowMr {
     pd: Mutex<Arc<ShadowPd>>,
     real: AtomicPtr<ibv_mr>,
     range: Mutex<Range>,
+    /// Its part in memory that lies in a file.
+    hold: Mutex<backing::Hold>,
     dead: AtomicBool,
 }
 
@@ -49,8 +51,11 @@ unsafe impl Send for ShadowMr {}
 unsafe impl Sync for ShadowMr {}
 
 impl ShadowMr {
-    pub(crate) fn adopt(pd: Arc<ShadowPd>, real: *mut ibv_mr, range: Range) -> *mut ibv_mr {
+    pub(crate) fn adopt(pd: Arc<ShadowPd>, real: *mut ibv_mr, range: Range, hold: backing::Hold) -> *mut ibv_mr {
         if real.is_null() {
+            let errno = Errno::last();
+            backing::release(hold);
+            set_errno(errno.0);
             return null_mut();
         }
         // SAFETY: the library just returned it.
@@ -71,6 +76,7 @@ impl ShadowMr {
             pd: Mutex::new(pd),
             real: AtomicPtr::new(real),
             range: Mutex::new(range),
+            hold: Mutex::new(hold),
             dead: AtomicBool::new(false),
         });
         shadow.publish();
@@ -95,6 +101,10 @@ impl ShadowMr {
 
     pub fn range(&self) -> Range {
         *self.range.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_hold(&self, other: backing::Hold) -> backing::Hold {
+        std::mem::replace(&mut *self.hold.lock().unwrap_or_else(PoisonError::into_inner), other)
     }
 
     pub fn vlkey(&self) -> VLkey {
@@ -194,10 +204,11 @@ entry! {
             return unsafe { real(pd, addr, length, access) };
         };
         let _pass = gate::enter("ibv_reg_mr");
+        let range = Range { addr: addr as u64, length: length as u64, iova: addr as u64, access: access as u32 };
+        let hold = backing::acquire(range.addr, range.length, range.access);
         // SAFETY: a real PD; the caller's memory.
         let mr = unsafe { register(&shadow, || real(shadow.real(), addr, length, access)) };
-        let range = Range { addr: addr as u64, length: length as u64, iova: addr as u64, access: access as u32 };
-        ShadowMr::adopt(shadow, mr, range)
+        ShadowMr::adopt(shadow, mr, range, hold)
     }
 
     "IBVERBS_1.7" fn ibv_reg_mr_iova(pd: *mut ibv_pd, addr: *mut c_void, length: usize, iova: u64, access: c_int) -> *mut ibv_mr, fail null, |real| {
@@ -206,9 +217,10 @@ entry! {
             return unsafe { real(pd, addr, length, iova, access) };
         };
         let _pass = gate::enter("ibv_reg_mr_iova");
+        let hold = backing::acquire(addr as u64, length as u64, access as u32);
         // SAFETY: a real PD; the caller's memory.
         let mr = unsafe { register(&shadow, || real(shadow.real(), addr, length, iova, access)) };
-        ShadowMr::adopt(shadow, mr, Range { addr: addr as u64, length: length as u64, iova, access: access as u32 })
+        ShadowMr::adopt(shadow, mr, Range { addr: addr as u64, length: length as u64, iova, access: access as u32 }, hold)
     }
 
     "IBVERBS_1.8" fn ibv_reg_mr_iova2(pd: *mut ibv_pd, addr: *mut c_void, length: usize, iova: u64, access: c_uint) -> *mut ibv_mr, fail null, |real| {
@@ -217,9 +229,10 @@ entry! {
             return unsafe { real(pd, addr, length, iova, access) };
         };
         let _pass = gate::enter("ibv_reg_mr_iova2");
+        let hold = backing::acquire(addr as u64, length as u64, access);
         // SAFETY: a real PD; the caller's memory.
         let mr = unsafe { register(&shadow, || real(shadow.real(), addr, length, iova, access)) };
-        ShadowMr::adopt(shadow, mr, Range { addr: addr as u64, length: length as u64, iova, access })
+        ShadowMr::adopt(shadow, mr, Range { addr: addr as u64, length: length as u64, iova, access }, hold)
     }
 
     /// Memory of another device's buffer: works, cannot be moved.
@@ -254,8 +267,13 @@ entry! {
             return unsafe { real(mr, flags, pd::unwrap(pd), addr, length, access) };
         };
         let _pass = gate::enter("ibv_rereg_mr");
+        let moves = flags & CHANGE_TRANSLATION != 0;
+        let hold = if moves { backing::acquire_as_is(addr as u64, length as u64) } else { backing::Hold::default() };
         // SAFETY: real objects; the caller's memory.
         let answer = unsafe { real(shadow.real(), flags, pd::unwrap(pd), addr, length, access) };
+        // Of the new range and the old one, that which is not registered is let go.
+        let other = if answer == 0 && moves { shadow.take_hold(hold) } else { hold };
+        backing::release(other);
         if answer == 0 {
             let mut range = shadow.range.lock().unwrap_or_else(PoisonError::into_inner);
             if flags & CHANGE_TRANSLATION != 0 {
@@ -307,6 +325,7 @@ fn bury(shadow: &ShadowMr) {
     shadow.pd().ctx().keys.remove(shadow.vlkey());
     registry::remove(shadow);
     blockers::forget(shadow.address());
+    backing::release(shadow.take_hold(backing::Hold::default()));
 }
 
 /// An MR that works but cannot be made again elsewhere.
@@ -317,7 +336,7 @@ pub(crate) fn foreign(pd: *mut ibv_pd, mr: *mut ibv_mr, verb: &str) -> *mut ibv_
     }
     // SAFETY: the library just returned it.
     let (addr, length, lkey) = unsafe { ((*mr).addr as u64, (*mr).length as u64, (*mr).lkey) };
-    let mr = ShadowMr::adopt(shadow, mr, Range { addr, length, iova: addr, access: 0 });
+    let mr = ShadowMr::adopt(shadow, mr, Range { addr, length, iova: addr, access: 0 }, backing::Hold::default());
     blockers::note(verb, format!("mr with lkey {lkey:#x}"), mr as usize);
     mr
 }

@@ -54,5 +54,6 @@ pub fn process(vpid: i32, qps: Vec<QpState>) -> ProcessState {
             mrs: Vec::new(),
         }],
         blockers: Vec::new(),
+        memory: Vec::new(),
     }
 }

@@ -84,8 +84,14 @@ fn a_process_on_a_device_this_host_does_not_have_is_refused_by_name() {
         qps: vec![],
         mrs: vec![],
     };
-    let process =
-        ProcessState { vpid: Vpid(7), comm: "app".into(), builds: vec![], contexts: vec![context], blockers: vec![] };
+    let process = ProcessState {
+        vpid: Vpid(7),
+        comm: "app".into(),
+        builds: vec![],
+        contexts: vec![context],
+        blockers: vec![],
+        memory: vec![],
+    };
     match talk(&parent, &Command::Converge(vec![process])) {
         Reply::Refused(why) => assert!(why.contains("mlx5_7") && why.contains("process 7"), "{why}"),
         other => panic!("{other:?}"),

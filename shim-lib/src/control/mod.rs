@@ -107,7 +107,7 @@ pub fn resolve_remote(vgid: VGid, vqpn: VQpn) -> Result<Resolved, Errno> {
 }
 
 /// Says something to whoever set `MIGRRDMA_LOG`: the application's own stderr is not ours to write to.
-fn note(text: impl FnOnce() -> String) {
+pub(crate) fn note(text: impl FnOnce() -> String) {
     if std::env::var_os("MIGRRDMA_LOG").is_some() {
         eprintln!("migrrdma[{}]: {}", std::process::id(), text());
     }

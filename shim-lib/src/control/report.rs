@@ -9,10 +9,10 @@ use rdma_virt::id::{Handle, PLkey, PRkey, VLkey, VRkey, Vpid};
 use rdma_virt::saved::{Build, ChannelState, ContextState, CqState, MrState, PdState, ProcessState, QpState, SrqState};
 
 use super::session::{Refused, alone};
-use crate::blockers;
 use crate::context::{ShadowContext, View};
 use crate::qp::ShadowQp;
 use crate::registry;
+use crate::{backing, blockers};
 
 /// Libraries that must be equal on both hosts, by the beginning of their file names.
 const LIBRARIES: [&str; 5] = ["libmigrrdma", "libibverbs", "librdmacm", "libc.so", "libc-"];
@@ -34,6 +34,7 @@ pub fn process() -> Result<ProcessState, Refused> {
         builds: builds(),
         contexts,
         blockers: blockers::list(),
+        memory: backing::list(),
     })
 }
 
