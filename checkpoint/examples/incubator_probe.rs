@@ -38,7 +38,14 @@ fn main() {
     let mut rights = Rights::current();
     (rights.uid, rights.gid, rights.groups) = (65534, 65534, vec![]);
     rights.caps = vec!["CAP_NET_BIND_SERVICE".into()];
-    let spec = Spec { program: "/proc/self/exe".into(), rights, devices: vec![], socket: socket.clone(), log: None };
+    let spec = Spec {
+        program: "/proc/self/exe".into(),
+        rights,
+        devices: vec![],
+        socket: socket.clone(),
+        memory: None,
+        log: None,
+    };
     let mut incubator = Incubator::start(&spec, Duration::from_secs(30)).expect("an incubator");
     let status = std::fs::read_to_string(format!("/proc/{}/status", incubator.pid())).expect("its status");
     assert!(status.contains("Uid:\t65534\t65534\t65534\t65534"), "{status}");

@@ -40,6 +40,16 @@ pub struct Summary {
     pub pre_copied_bytes: u64,
     #[serde(default)]
     pub pre_copy_rounds: u32,
+    /// Registered memory that was sent apart from the image, and how much of that inside the pause, bytes.
+    #[serde(default)]
+    pub memory_bytes: u64,
+    #[serde(default)]
+    pub memory_bytes_in_pause: u64,
+    /// MRs that moved, and those of them that were registered before the processes were restored.
+    #[serde(default)]
+    pub mrs_moved: u32,
+    #[serde(default)]
+    pub mrs_registered_early: u32,
     /// QPs that moved, and QPs of peers that changed over.
     pub qps_moved: u32,
     pub qps_switched: u32,

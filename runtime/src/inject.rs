@@ -10,6 +10,9 @@
 //! | [`SHIM_PATH`] | `/var/lib/migrrdma/shim/HASH/libmigrrdma.so` | read-only |
 //! | `/etc/ld.so.preload` | `…/containers/ID.preload` | read-only, merged with the image's own |
 //!
+//! Where a container wants its registered memory in files, [`crate::memory`]
+//! adds a mount and a device.
+//!
 //! A preload *file* reaches every process, those of `exec` and `env -i`
 //! included, and musl programs ignore it. The shim lies under a path named by
 //! its content and stays there: CRIU refuses a mapped file that changed.
@@ -23,8 +26,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use libcontainer::oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Mount, MountBuilder, Spec};
 
-use crate::rootfs;
-use crate::store;
+use crate::{memory, rootfs, store};
 
 /// Annotation that overrides the automatic choice: `true` or `false`.
 pub const ANNOTATION: &str = "org.migrrdma.inject";
@@ -45,6 +47,8 @@ pub struct HostPaths {
     pub store: PathBuf,
     /// One directory for each container.
     pub containers: PathBuf,
+    /// One directory for the memory files of each container, on a tmpfs.
+    pub memory: PathBuf,
 }
 
 impl Default for HostPaths {
@@ -53,6 +57,7 @@ impl Default for HostPaths {
             shim: "/usr/local/lib/migrrdma/libmigrrdma.so".into(),
             store: "/var/lib/migrrdma/shim".into(),
             containers: "/run/migrrdma-agent/containers".into(),
+            memory: "/run/migrrdma-agent/memory".into(),
         }
     }
 }
@@ -63,6 +68,11 @@ impl HostPaths {
         self.containers.join(id)
     }
 
+    /// The host directory that a container sees as [`memory::MEMORY_DIR`].
+    pub fn memory_dir(&self, id: &str) -> PathBuf {
+        self.memory.join(id)
+    }
+
     fn preload(&self, id: &str) -> PathBuf {
         self.containers.join(format!("{id}.preload"))
     }
@@ -71,6 +81,7 @@ impl HostPaths {
     pub fn forget(&self, id: &str) {
         let _ = fs::remove_dir_all(self.agent_dir(id));
         let _ = fs::remove_file(self.preload(id));
+        let _ = fs::remove_dir_all(self.memory_dir(id));
     }
 }
 
@@ -116,6 +127,9 @@ pub fn inject(spec: &mut Spec, id: &str, rootfs: &Path, shim: Option<&str>, host
     mounts.push(bind(&agent_dir, AGENT_DIR, &["rw", "noexec"])?);
     mounts.push(bind(&library, SHIM_PATH, &["ro"])?);
     mounts.push(bind(&preload, PRELOAD, &["ro", "noexec"])?);
+    if memory::wanted(spec)? {
+        mounts.extend(memory::give(spec, &host.memory_dir(id))?);
+    }
     spec.set_mounts(Some(mounts));
     own_time(spec)?;
     Ok(hash)
@@ -139,7 +153,7 @@ fn own_time(spec: &mut Spec) -> Result<()> {
     Ok(())
 }
 
-fn bind(source: &Path, destination: &str, options: &[&str]) -> Result<Mount> {
+pub fn bind(source: &Path, destination: &str, options: &[&str]) -> Result<Mount> {
     let mut all: Vec<String> = ["bind", "nosuid", "nodev", "private"].map(String::from).to_vec();
     all.extend(options.iter().map(|option| (*option).to_owned()));
     Ok(MountBuilder::default().typ("bind").source(source).destination(destination).options(all).build()?)
@@ -226,6 +240,7 @@ mod tests {
             shim: dir.path().join("lib.so"),
             store: dir.path().join("store"),
             containers: dir.path().join("containers"),
+            memory: dir.path().join("memory"),
         };
         fs::write(&paths.shim, b"shim").unwrap();
         fs::create_dir_all(dir.path().join("rootfs/etc")).unwrap();

@@ -26,6 +26,7 @@ mod inject;
 mod keeper;
 mod launch;
 mod localise;
+mod memory;
 mod migration_host;
 mod monitor;
 mod mountpoints;

@@ -23,7 +23,7 @@ use crate::inject::{self, HostPaths};
 use crate::monitor::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::record::Record;
 use crate::store::{self, ContainerHandle};
-use crate::{cgroup, criu_version, destroy, keeper, localise};
+use crate::{cgroup, criu_version, destroy, keeper, localise, memory};
 
 /// Time for the incubator to start.
 const INCUBATOR: Duration = Duration::from_secs(30);
@@ -137,13 +137,14 @@ impl MigrationHost {
         }
     }
 
-    fn try_incubate(&self, bundle: &Path, socket: &Path) -> Result<Incubator> {
+    fn try_incubate(&self, id: &str, bundle: &Path, socket: &Path) -> Result<Incubator> {
         let spec = store::load_spec_file(&bundle.join("config.json"))?;
         let spec = IncubatorSpec {
             program: "/proc/self/exe".into(),
             rights: rights(&spec)?,
             devices: Vec::new(),
             socket: socket.to_owned(),
+            memory: self.memory_files(id),
             log: None,
         };
         Ok(Incubator::start(&spec, INCUBATOR)?)
@@ -362,8 +363,22 @@ impl Host for MigrationHost {
         kept.chain([shim]).collect()
     }
 
-    fn incubate(&self, _id: &str, bundle: &Path, socket: &Path) -> host::Result<Box<dyn Nursery>> {
-        Ok(Box::new(self.try_incubate(bundle, socket).map_err(told)?))
+    fn memory_files(&self, id: &str) -> Option<PathBuf> {
+        Some(HostPaths::default().memory_dir(id)).filter(|dir| dir.is_dir())
+    }
+
+    fn make_memory_files(&self, id: &str) -> host::Result<PathBuf> {
+        let dir = HostPaths::default().memory_dir(id);
+        memory::make_dir(&dir).map_err(told)?;
+        Ok(dir)
+    }
+
+    fn drop_memory_files(&self, id: &str) {
+        let _ = fs::remove_dir_all(HostPaths::default().memory_dir(id));
+    }
+
+    fn incubate(&self, id: &str, bundle: &Path, socket: &Path) -> host::Result<Box<dyn Nursery>> {
+        Ok(Box::new(self.try_incubate(id, bundle, socket).map_err(told)?))
     }
 
     fn restore(&self, job: &RestoreJob) -> host::Result<Box<dyn Held>> {

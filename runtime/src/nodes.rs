@@ -1,4 +1,4 @@
-//! RDMA device files in a restored container's /dev. CRIU brings back the
+//! RDMA device files (and userfaultfd's) in a restored container's /dev. CRIU brings back the
 //! files of the host it was dumped on; the devices here have other names and
 //! numbers. Those the bundle gives the container here are put beside them, so
 //! that its processes can open them.
@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use libcontainer::oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
-use crate::rootfs;
+use crate::{memory, rootfs};
 
 /// Makes the bundle's RDMA devices in the mount namespace of `init`, whose
 /// tasks stand still.
@@ -31,7 +31,8 @@ pub fn adapt(spec: &Spec, init: i32) {
 fn wanted(spec: &Spec) -> impl Iterator<Item = &LinuxDevice> {
     let devices = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref());
     devices.into_iter().flatten().filter(|device| {
-        device.path().starts_with("/dev/infiniband") && matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U)
+        let ours = device.path().starts_with("/dev/infiniband") || device.path() == Path::new(memory::DEVICE);
+        ours && matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U)
     })
 }
 

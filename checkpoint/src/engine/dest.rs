@@ -26,6 +26,7 @@ use rdma_virt::saved::{AdoptedProcess, ProcessState, SgidMap};
 
 use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::landing::Landing;
+use super::memory::Memory;
 use super::newcomers::{adopt, alive};
 use super::store::{Store, StoreError};
 use crate::agent::{Agent, chain, is_plain_name, lock};
@@ -40,7 +41,7 @@ const INCUBATOR: &str = "incubator.sock";
 
 /// How far a migration has come here.
 enum State {
-    /// Objects are made, rounds of pre-copy and at last the image arrive, in any order.
+    /// Objects are made, memory, rounds of pre-copy and at last the image arrive, in any order.
     Gathering {
         nursery: Option<Box<dyn Nursery>>,
         store: Option<Store>,
@@ -87,6 +88,8 @@ struct Arrival {
     state: State,
     /// The bundle that comes along.
     landing: Option<Landing>,
+    /// Registered memory that comes along.
+    memory: Option<Memory>,
     /// When the source last said something, or answered.
     heard: Instant,
 }
@@ -180,6 +183,7 @@ fn consider(
             rebuild: Default::default(),
             state: State::Gathering { nursery: None, store: None },
             landing: None,
+            memory: None,
             heard: Instant::now(),
         };
         lock(&agent.desk.0).insert(id, Entry { container, arrival: Arc::new(Mutex::new(arrival)) });
@@ -214,6 +218,9 @@ impl Arrival {
             ) => {
                 let answer = self.receive(agent, id, &mut store, order);
                 (State::Gathering { nursery, store }, answer)
+            }
+            (state @ State::Gathering { .. }, order @ (Order::Memory { .. } | Order::Pages(_))) => {
+                (state, self.remember(agent, order).map_err(failed))
             }
             (State::Gathering { nursery, store: Some(store) }, Order::Restore { files }) => {
                 self.restore(agent, nursery, store, files)
@@ -273,6 +280,18 @@ impl Arrival {
         Ok(if complete { Answer::Offered { problems: problems() } } else { Answer::Done })
     }
 
+    /// Registered memory, into files that the container will find.
+    fn remember(&mut self, agent: &Agent, order: Order) -> Result<Answer, String> {
+        let memory = match &mut self.memory {
+            Some(memory) => memory,
+            none => {
+                let dir = agent.host.make_memory_files(&self.offer.container).map_err(|e| e.to_string())?;
+                none.insert(Memory::begin(dir, self.offer.image_bytes).map_err(|e| chain(&e))?)
+            }
+        };
+        memory.take(order).map(|()| Answer::Done).map_err(|e| chain(&e))
+    }
+
     /// The container's directory is made by its runtime when it restores; the incubator needs it earlier.
     fn nursery(&self, agent: &Agent) -> Result<Box<dyn Nursery>, Refusal> {
         let Offer { container, bundle, .. } = &self.offer;
@@ -296,7 +315,8 @@ impl Arrival {
         let contexts = made.iter().flat_map(|p| p.contexts.iter().map(|c| (p.vpid, c.id, &c.sgid_index[..])));
         let gids = gids(contexts, &states);
         self.states = states;
-        Ok(Answer::Incubated { qps, gids })
+        let mrs = made.iter().flat_map(|p| &p.contexts).map(|c| c.mrs.len()).sum::<usize>();
+        Ok(Answer::Incubated { qps, gids, mrs: u32::try_from(mrs).unwrap_or(u32::MAX) })
     }
 
     fn receive(
@@ -498,6 +518,9 @@ impl Arrival {
         }
         if nursed && agent.host.container(container).is_err() {
             remove_dir(agent.doors.of(container));
+        }
+        if self.memory.take().is_some() && agent.host.container(container).is_err() {
+            agent.host.drop_memory_files(container);
         }
         if let Some(landing) = self.landing.take() {
             landing.remove();

@@ -151,6 +151,12 @@ pub trait Host: Send + Sync + 'static {
     fn rootfs(&self, bundle: &Path) -> Result<PathBuf>;
     /// Files of this host that its runtime may mount at that path of a container, like the shim.
     fn injected(&self, path: &Path) -> Vec<PathBuf>;
+    /// Directory of the files that hold this container's registered memory; `None` if it has none.
+    fn memory_files(&self, id: &str) -> Option<PathBuf>;
+    /// Makes that directory for a container to come.
+    fn make_memory_files(&self, id: &str) -> Result<PathBuf>;
+    /// Removes it.
+    fn drop_memory_files(&self, id: &str);
     /// Starts the incubator with the rights that bundle gives its container; `socket` is where the plugin's
     /// connections arrive, as a host path.
     fn incubate(&self, id: &str, bundle: &Path, socket: &Path) -> Result<Box<dyn Nursery>>;

@@ -5,7 +5,8 @@
 //!  ------                      -----------                 --------------
 //!  Negotiate    offer ───────▶ could I?                    whose QPs are these? hold them
 //!  Copy         the bundle ──▶ unpacked, if asked for
-//!  PreSetup     states ──────▶ incubator makes objects     second QP beside each
+//!  PreSetup     memory ──────▶ files that the NIC holds
+//!               states ──────▶ incubator makes objects     second QP beside each
 //!               join ────────▶ connects them ◀────────────▶ connects the second QPs
 //!  PreCopy      rounds ──────▶ on disk
 //!  Suspend      own shims                                  shims: hold sends of these QPs
@@ -37,6 +38,8 @@
 //! | `copy`, `landing` | the bundle, where it has to be sent along: source and destination |
 //! | [`check`] | whether it can be done, as the destination sees it |
 //! | [`setup`] | new objects on the destination and second QPs at peers |
+//! | `regmem`, `pages` | registered memory before and in the pause: what changed |
+//! | `memory` | where registered memory arrives |
 //! | `precopy`, `shipping` | rounds of memory before the pause; files on their way |
 //! | [`quiet`] | suspension, drain, freeze |
 //! | [`handover`] | dump, transfer, restore |
@@ -57,14 +60,17 @@ pub mod forward;
 pub mod handover;
 pub mod host;
 mod landing;
+mod memory;
 pub mod negotiate;
 mod newcomers;
 mod nursery;
+mod pages;
 pub mod plan;
 mod precopy;
 pub mod quiet;
 pub mod rebuild;
 pub mod recover;
+mod regmem;
 pub mod setup;
 mod shipping;
 pub mod source;

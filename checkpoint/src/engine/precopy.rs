@@ -84,7 +84,7 @@ impl Run<'_> {
         loop {
             match next(&rounds, most, goal) {
                 Next::Another => {}
-                Next::Enough => return Ok(()),
+                Next::Enough => return self.memory_rounds(),
                 Next::Hopeless => return Err(self.hopeless(&rounds, goal.unwrap_or_default())),
             }
             let number = rounds.len() as u32 + 1;

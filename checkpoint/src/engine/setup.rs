@@ -5,6 +5,7 @@ use super::plan::Plan;
 use super::source::{Run, Side, Stop, all_good, confused};
 use crate::image::HandOver;
 use crate::net::msg::{Answer, Order};
+use crate::phase::Phase;
 use rdma_virt::msg::{Reply, Request};
 use rdma_virt::saved::ProcessState;
 use std::time::Duration;
@@ -26,6 +27,10 @@ impl Run<'_> {
             return Ok(());
         }
         self.write_record()?;
+        if !self.effects.cgroup {
+            // The NIC over there holds what is registered from now on, so it has to be there.
+            self.memory_round(Phase::PreSetup)?;
+        }
         self.prepare()?;
         if self.hand_over == HandOver::Adopt {
             self.incubate()?;
@@ -38,6 +43,7 @@ impl Run<'_> {
 
     /// After the freeze: what was made, connected or destroyed meanwhile.
     pub(super) fn converge(&mut self) -> Result<(), Stop> {
+        self.late_memory = self.memory_round(Phase::Converge)?.bytes;
         if self.states.is_empty() {
             return Ok(());
         }
@@ -80,7 +86,8 @@ impl Run<'_> {
     /// The destination makes its objects.
     fn incubate(&mut self) -> Result<(), Stop> {
         match self.ask_destination(Order::Incubate { states: self.states.clone() }, OBJECTS)? {
-            Answer::Incubated { qps, gids } => {
+            Answer::Incubated { qps, gids, mrs } => {
+                self.early_mrs = mrs;
                 (self.plan.born, self.plan.gids) = (qps, gids);
                 Ok(())
             }

@@ -21,6 +21,7 @@ use super::handover::Dump;
 use super::host::{Container, Wire};
 use super::plan::{PeerProcess, Plan};
 use super::quiet::Counts;
+use super::regmem::Known;
 use super::shipping::Sent;
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
@@ -162,6 +163,13 @@ pub struct Run<'a> {
     /// Rounds of pre-copy that were made.
     pub(super) rounds: u32,
     pub(super) sent: Sent,
+    /// Registered memory that the destination has.
+    pub(super) known: Known,
+    /// Registered memory that was sent, and that part of it which was sent inside the pause, bytes.
+    pub(super) sent_memory: u64,
+    pub(super) late_memory: u64,
+    /// MRs the destination has registered.
+    pub(super) early_mrs: u32,
     /// Bytes of the image itself.
     pub(super) bytes: u64,
 }
@@ -240,6 +248,10 @@ impl<'a> Run<'a> {
             resident: 0,
             rounds: 0,
             sent: Sent::default(),
+            known: Known::default(),
+            sent_memory: 0,
+            late_memory: 0,
+            early_mrs: 0,
             bytes: 0,
         }
     }
@@ -443,6 +455,10 @@ impl<'a> Run<'a> {
             image_bytes: self.bytes,
             pre_copied_bytes: self.sent.bytes - self.bytes.min(self.sent.bytes),
             pre_copy_rounds: self.rounds,
+            memory_bytes: self.sent_memory,
+            memory_bytes_in_pause: self.late_memory,
+            mrs_moved: count(self.states.iter().flat_map(|s| &s.contexts).map(|c| c.mrs.len()).sum()),
+            mrs_registered_early: self.early_mrs,
             qps_moved: count(self.states.iter().flat_map(|s| &s.contexts).map(|c| c.qps.len()).sum()),
             hand_over: (!self.states.is_empty()).then_some(self.hand_over),
             qps_switched: count(self.plan.peer_qps().iter().map(|(_, q)| q.len()).sum()),

@@ -270,7 +270,7 @@ fn answer(t: &mut Truth, order: Order) -> Answer {
         Order::Incubate { .. } => {
             assert!(!t.running, "an incubator makes objects before the process is there");
             t.born = true;
-            Answer::Incubated { qps: vec![born()], gids: Vec::new() }
+            Answer::Incubated { qps: vec![born()], gids: Vec::new(), mrs: 0 }
         }
         Order::Rebuild { links } => {
             assert!(t.running, "a process that does not run makes no objects");
@@ -368,6 +368,13 @@ impl Host for Script {
     fn injected(&self, _: &Path) -> Vec<PathBuf> {
         Vec::new()
     }
+    fn memory_files(&self, _: &str) -> Option<PathBuf> {
+        None
+    }
+    fn make_memory_files(&self, _: &str) -> crate::engine::host::Result<PathBuf> {
+        Err(HostError("not here".into()))
+    }
+    fn drop_memory_files(&self, _: &str) {}
     fn incubate(&self, _: &str, _: &Path, _: &Path) -> crate::engine::host::Result<Box<dyn Nursery>> {
         Err(HostError("not here".into()))
     }

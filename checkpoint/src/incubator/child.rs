@@ -1,5 +1,6 @@
 //! The incubator process itself: one thread that waits for its parent's commands and for restored tasks.
 
+use super::mr::Memory;
 use super::objects::Objects;
 use super::proto::{self, Command, Reply};
 use super::rights;
@@ -37,7 +38,8 @@ pub(super) fn run(parent: &UnixStream) -> io::Result<()> {
         Some(_) => return Err(io::Error::other("the first command was not Start")),
         None => return Ok(()),
     };
-    // The directory of the socket belongs to root, so this comes before the rights go.
+    // The directory of the socket belongs to root, so this comes before the rights go. So does that of the memory.
+    let memory = start.memory.as_deref().map(Memory::open).transpose()?;
     let bound = Service::bind(&start.socket)
         .map_err(|e| format!("cannot listen on {}: {e}", start.socket.display()))
         .and_then(|service| rights::take(&start.rights).map(|()| service));
@@ -48,7 +50,7 @@ pub(super) fn run(parent: &UnixStream) -> io::Result<()> {
         }
         Err(why) => return proto::send(parent, &Reply::Refused(why)),
     };
-    let mut objects = Objects::new(start.devices);
+    let mut objects = Objects::new(start.devices, memory);
     loop {
         let mut waiting =
             [PollFd::new(parent.as_fd(), PollFlags::POLLIN), PollFd::new(service.as_fd(), PollFlags::POLLIN)];

@@ -13,11 +13,12 @@
 //! | `child` | [`main`]: the process |
 //! | `proto` | what these two say to each other |
 //! | `rights` | becoming as weak as the container |
-//! | `objects`, `qp`, `gid` | making kernel objects equal to a saved state |
+//! | `objects`, `qp`, `mr`, `gid` | making kernel objects equal to a saved state |
 //! | `serve`, `wire` | handing them to restored tasks |
 
 mod child;
 pub(crate) mod gid;
+mod mr;
 mod objects;
 mod parent;
 mod proto;

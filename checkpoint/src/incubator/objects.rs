@@ -5,6 +5,7 @@
 //! mapped here: the kernel allows that once, and the restored process needs it.
 
 use super::gid;
+use super::mr::{Files, Memory, Mr};
 use super::proto::Link;
 use super::qp::{self, Qp};
 use crate::uverbs::context::{CqAttr, SrqAttr};
@@ -67,6 +68,7 @@ struct Home {
     cqs: BTreeMap<ObjId, Queue<CqState>>,
     srqs: BTreeMap<ObjId, Queue<SrqState>>,
     qps: BTreeMap<ObjId, Qp>,
+    mrs: BTreeMap<ObjId, Mr>,
 }
 
 /// Everything this incubator has made.
@@ -75,6 +77,8 @@ pub struct Objects {
     processes: BTreeMap<Vpid, BTreeMap<ObjId, Home>>,
     /// Device on the source → device here, from the parent.
     choice: BTreeMap<String, String>,
+    /// Registered memory that is here already.
+    memory: Option<Memory>,
 }
 
 /// A queue that the restored process maps.
@@ -95,8 +99,8 @@ pub struct Expected {
 }
 
 impl Objects {
-    pub fn new(choice: Vec<(String, String)>) -> Self {
-        Self { processes: BTreeMap::new(), choice: choice.into_iter().collect() }
+    pub fn new(choice: Vec<(String, String)>, memory: Option<Memory>) -> Self {
+        Self { processes: BTreeMap::new(), choice: choice.into_iter().collect(), memory }
     }
 
     /// Makes the kernel objects equal to `wanted`. After an error what was done stays; a repetition goes on from there.
@@ -116,6 +120,8 @@ impl Objects {
                     }
                 };
                 home.converge(&owner, state, device)?;
+                let memory = self.memory.as_ref().map(|memory| memory.of(&process.memory));
+                home.register(&owner, state, memory)?;
             }
         }
         Ok(())
@@ -212,6 +218,7 @@ impl Home {
             cqs: BTreeMap::new(),
             srqs: BTreeMap::new(),
             qps: BTreeMap::new(),
+            mrs: BTreeMap::new(),
         }
     }
 
@@ -230,6 +237,7 @@ impl Home {
             self.qps.values_mut().for_each(Qp::forget_link);
         }
         self.sgids = sgids;
+        self.deregister_stale(owner, state)?;
         self.destroy_stale(owner, state)?;
         self.create_missing(owner, state)?;
         for wanted in &state.qps {
@@ -378,6 +386,43 @@ impl Home {
         Ok(())
     }
 
+    /// MRs that are gone, or are others by now. Before their PDs go.
+    fn deregister_stale(&mut self, owner: &Owner, state: &ContextState) -> Result<(), ObjectError> {
+        let stays = |id: &ObjId, made: &Mr| state.mrs.iter().any(|now| now.id == *id && made.same(now));
+        let stale: Vec<ObjId> = self.mrs.iter().filter(|(id, made)| !stays(id, made)).map(|(id, _)| *id).collect();
+        for id in stale {
+            self.context.destroy_mr(self.mrs[&id].handle()).map_err(owner.verb(format!("MR {}", id.0)))?;
+            self.mrs.remove(&id);
+        }
+        Ok(())
+    }
+
+    /// MRs whose memory is here. Those that cannot be registered now are left to the restored process, which has the
+    /// same rights and can say what is wrong.
+    fn register(&mut self, owner: &Owner, state: &ContextState, memory: Option<Files<'_>>) -> Result<(), ObjectError> {
+        let mut memory = memory.unwrap_or_default();
+        // A file that is another one by now has other pages than those an MR holds.
+        let stale: Vec<ObjId> = self.mrs.iter().filter(|(_, mr)| !memory.still(mr)).map(|(id, _)| *id).collect();
+        for id in stale {
+            self.context.destroy_mr(self.mrs[&id].handle()).map_err(owner.verb(format!("MR {}", id.0)))?;
+            self.mrs.remove(&id);
+        }
+        for wanted in &state.mrs {
+            if self.mrs.contains_key(&wanted.id) {
+                continue;
+            }
+            let pd = self.pd(owner, &format!("MR {}", wanted.id.0), wanted.pd)?;
+            match memory.register(&self.context, pd, wanted) {
+                Ok(Some(mr)) => drop(self.mrs.insert(wanted.id, mr)),
+                Ok(None) => {}
+                Err(why) => {
+                    eprintln!("incubator: MR {} of process {} is registered late: {why}", wanted.id.0, owner.vpid.0)
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn pd(&self, owner: &Owner, what: &str, id: ObjId) -> Result<Handle, ObjectError> {
         self.pds.get(&id).copied().ok_or_else(|| owner.wrong(what, format!("its PD {} is not in the state", id.0)))
     }
@@ -409,7 +454,7 @@ impl Home {
             cqs: self.cqs.iter().map(|(id, cq)| (*id, cq.handle)).collect(),
             srqs: self.srqs.iter().map(|(id, srq)| (*id, srq.handle)).collect(),
             qps: self.qps.iter().map(|(id, qp)| qp.report(*id)).collect(),
-            mrs: Vec::new(),
+            mrs: self.mrs.iter().map(|(id, mr)| mr.report(*id)).collect(),
         }
     }
 }

@@ -22,6 +22,8 @@ pub struct Spec {
     pub devices: Vec<(String, String)>,
     /// Host path of the socket for the CRIU plugin; its directory appears in the container as `/run/.migrrdma`.
     pub socket: PathBuf,
+    /// Host path of the files with the container's registered memory, if it has any.
+    pub memory: Option<PathBuf>,
     /// Where its messages go; `None`: to our own standard error.
     pub log: Option<PathBuf>,
 }
@@ -68,7 +70,12 @@ impl Incubator {
             .spawn()
             .map_err(fail)?;
         let mut incubator = Self { child, socket: ours, timeout, plugin: spec.socket.clone() };
-        let start = Start { rights: spec.rights.clone(), devices: spec.devices.clone(), socket: spec.socket.clone() };
+        let start = Start {
+            rights: spec.rights.clone(),
+            devices: spec.devices.clone(),
+            socket: spec.socket.clone(),
+            memory: spec.memory.clone(),
+        };
         incubator.done("its start", &Command::Start(start))?;
         Ok(incubator)
     }

@@ -51,6 +51,8 @@ pub struct Start {
     pub devices: Vec<(String, String)>,
     /// Host path of the plugin socket.
     pub socket: PathBuf,
+    /// Host path of the files with the container's registered memory.
+    pub memory: Option<PathBuf>,
 }
 
 /// The rights of the container whose objects are made: the kernel checks who asks, and it must not be root who asks

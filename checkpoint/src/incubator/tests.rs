@@ -24,7 +24,7 @@ fn ask(path: &Path, packet: &[u8]) -> Answer {
 fn started(socket: &Path) -> (UnixStream, std::thread::JoinHandle<()>) {
     let (parent, mine) = UnixStream::pair().unwrap();
     let thread = std::thread::spawn(move || child::run(&mine).unwrap());
-    let start = Start { rights: Rights::current(), devices: vec![], socket: socket.into() };
+    let start = Start { rights: Rights::current(), devices: vec![], socket: socket.into(), memory: None };
     assert_eq!(talk(&parent, &Command::Start(start)), Reply::Done);
     (parent, thread)
 }

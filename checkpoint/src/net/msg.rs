@@ -115,6 +115,11 @@ pub enum Order {
     },
     /// It ends; CRC-32 of all its bytes. → [`Answer::Done`]
     FileEnd { crc: u32 },
+    /// The files with registered memory that there are now: those that are missing are made, empty, and others removed.
+    /// → [`Answer::Done`]
+    Memory { files: Vec<MemoryFile> },
+    /// What changed in them; all bytes together at most [`PIECE`]. → [`Answer::Done`]
+    Pages(Vec<MemoryPages>),
     /// The image is complete, `files` counted over all rounds; restore, and hold at the last gate. → [`Answer::Done`]:
     /// everything that can fail is done
     Restore { files: u32 },
@@ -153,6 +158,7 @@ impl Order {
             | Order::FileStart { .. }
             | Order::FilePiece { .. }
             | Order::FileEnd { .. } => "file",
+            Order::Memory { .. } | Order::Pages(_) => "memory",
             Order::Restore { .. } => "restore",
             Order::Commit => "commit",
             Order::Adopt => "adopt",
@@ -178,9 +184,11 @@ pub enum Answer {
     Offered {
         problems: Vec<String>,
     },
+    /// With the number of MRs that are registered already.
     Incubated {
         qps: Vec<BornQp>,
         gids: Vec<BornGid>,
+        mrs: u32,
     },
     Adopted {
         keys: Vec<(Vpid, KeyTable)>,
@@ -201,6 +209,31 @@ pub struct WholeFile {
     pub bytes: Vec<u8>,
     /// CRC-32 of the bytes.
     pub crc: u32,
+}
+
+/// A file that holds registered memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryFile {
+    pub name: String,
+    /// Tells it from an earlier file of that name.
+    pub id: u64,
+    /// Bytes, most of which may never have been written.
+    pub len: u64,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// Pages of 4096 bytes of a [`MemoryFile`]. Runs are first page, counted from `first`, and number of pages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryPages {
+    pub file: String,
+    pub first: u64,
+    /// Their contents are `bytes`, in order.
+    pub runs: Vec<(u32, u32)>,
+    /// These are all zeros.
+    pub zeros: Vec<(u32, u32)>,
+    pub bytes: Vec<u8>,
 }
 
 /// Where an end is now.

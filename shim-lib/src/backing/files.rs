@@ -12,7 +12,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Where it is in a container.
-pub const DIR: &str = "/run/.migrrdma-memory";
+#[cfg(not(test))]
+const DIR: &str = "/run/.migrrdma-memory";
 
 /// A file is longer than what is mapped of it, so that a mapping which the application makes longer has memory behind
 /// it: zeros, as private memory has. Bytes.
@@ -28,7 +29,7 @@ pub fn dir() -> String {
 /// Tests have one of their own.
 #[cfg(test)]
 pub fn dir() -> String {
-    let dir = format!("/dev/shm/migrrdma-test-{}", std::process::id());
+    let dir = "/dev/shm/migrrdma-test".to_owned();
     let _ = fs::create_dir_all(&dir);
     dir
 }

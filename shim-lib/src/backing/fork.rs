@@ -51,13 +51,14 @@ unsafe extern "C" fn prepare() {
         || {
             let table = table();
             let mut copies = Vec::new();
-            for hull in table.hulls.values().filter(|hull| !hull.not_forked) {
-                for mapping in maps::of_file(&files::path(&hull.file)).unwrap_or_default() {
-                    if mapping.perms.starts_with('r') {
-                        // SAFETY: a mapping of ours that can be read, as just seen. Without memory for the copy the
-                        // child has none there: a fork that had to copy it could not have gone on either.
-                        copies.extend(unsafe { Snapshot::take(mapping.start, mapping.end - mapping.start) });
-                    }
+            let forked: Vec<String> =
+                table.hulls.values().filter(|hull| !hull.not_forked).map(|hull| files::path(&hull.file)).collect();
+            if !forked.is_empty() {
+                let mappings = maps::of_files(&files::path("")).unwrap_or_default();
+                for mapping in mappings.iter().filter(|m| m.perms.starts_with('r') && forked.contains(&m.name)) {
+                    // SAFETY: a mapping of ours that can be read, as just seen. Without memory for the copy the child
+                    // has none there: a fork that had to copy it could not have gone on either.
+                    copies.extend(unsafe { Snapshot::take(mapping.start, mapping.end - mapping.start) });
                 }
             }
             // SAFETY: we hold the lock.

@@ -47,9 +47,9 @@ pub fn within(start: usize, end: usize) -> io::Result<Vec<Mapping>> {
     parse(BufReader::new(File::open("/proc/self/smaps")?), |m| m.end > start, |m| m.start >= end)
 }
 
-/// The mappings of the file with this path, without flags.
-pub fn of_file(path: &str) -> io::Result<Vec<Mapping>> {
-    parse(BufReader::new(File::open("/proc/self/maps")?), |m| m.name == path, |_| false)
+/// The mappings of files whose path begins like this, without flags.
+pub fn of_files(path: &str) -> io::Result<Vec<Mapping>> {
+    parse(BufReader::new(File::open("/proc/self/maps")?), |m| m.name.starts_with(path), |_| false)
 }
 
 fn parse(

@@ -277,7 +277,8 @@ fn back(range: &Range<usize>) -> io::Result<Hull> {
 #[expect(unsafe_code, reason = "replaces mappings that are ours")]
 fn give_back(hull: &Hull) -> io::Result<()> {
     let open = files::open(&hull.file)?;
-    for mapping in maps::of_file(&files::path(&hull.file))? {
+    let path = files::path(&hull.file);
+    for mapping in maps::of_files(&path)?.into_iter().filter(|m| m.name == path) {
         let (start, len) = (mapping.start, mapping.end - mapping.start);
         // SAFETY: a mapping of that file, as just seen; only we map it.
         unsafe { swap::to_private(start, len, open.as_fd(), mapping.offset)? };
@@ -299,9 +300,13 @@ fn give_back(hull: &Hull) -> io::Result<()> {
 /// What lies in files, for a report. A range that the application has mapped differently meanwhile is not in it.
 pub fn list() -> Vec<BackedMemory> {
     let table = table();
+    if table.hulls.is_empty() {
+        return Vec::new();
+    }
+    let mappings = maps::of_files(&files::path("")).unwrap_or_default();
     let whole = |start: usize, hull: &Hull| {
-        let mappings = maps::of_file(&files::path(&hull.file)).unwrap_or_default();
-        mappings.iter().any(|m| m.start == start && m.end >= hull.end && m.offset == 0)
+        let path = files::path(&hull.file);
+        mappings.iter().any(|m| m.start == start && m.end >= hull.end && m.offset == 0 && m.name == path)
     };
     let hulls = table.hulls.iter().filter(|(start, hull)| whole(**start, hull));
     hulls

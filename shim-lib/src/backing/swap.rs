@@ -201,8 +201,12 @@ pub unsafe fn to_private(start: usize, len: usize, file: BorrowedFd<'_>, offset:
     uffd.hold(start, len)?;
     // SAFETY: two mappings of ours; nobody changes the file through the range.
     unsafe { copy_filled(&source, &memory) };
-    // SAFETY: as promised by the caller.
-    let done = memory.move_to(start) || unsafe { map_file(start, len, file, offset) && false };
+    let done = memory.move_to(start);
+    if !done {
+        // What was there may be gone already; the file still has it.
+        // SAFETY: as promised by the caller.
+        unsafe { map_file(start, len, file, offset) };
+    }
     uffd.wake(start, len);
     drop(uffd);
     drop(unsignalled);

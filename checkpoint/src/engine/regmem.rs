@@ -1,0 +1,281 @@
+//! Registered memory on its way: the files it lies in are sent in rounds, each with the pages whose content is another
+//! than was sent before. The container runs meanwhile; what is written during a round is found by the next one, and the
+//! last one comes when nobody writes any more: neither the tasks, which stand still, nor a NIC, which has completed all
+//! it had to do.
+//!
+//! What the files mean, and who registered what, is not known here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::pages::{CHUNK, Diff, PAGE, Print, diff};
+use super::source::{Run, Stop, confused};
+use crate::agent::admin::Event;
+use crate::net::msg::{Answer, MemoryFile, MemoryPages, Order, PIECE};
+use crate::phase::Phase;
+
+/// For one piece.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Threads that read and hash.
+const WORKERS: usize = 4;
+
+/// Rounds end when one had so little to send, bytes,
+const LITTLE: u64 = 4 << 20;
+/// or when there were so many.
+const ROUNDS: u32 = 5;
+
+/// A container has no more files; a shim makes 4096 at most.
+const MOST: usize = 1 << 16;
+
+/// What the destination has.
+#[derive(Debug, Default)]
+pub(super) struct Known(BTreeMap<String, KnownFile>);
+
+#[derive(Debug)]
+struct KnownFile {
+    file: MemoryFile,
+    /// By number of the chunk; those that are missing are zeros.
+    chunks: BTreeMap<u64, Vec<Print>>,
+}
+
+/// What one round did.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Round {
+    /// Sent.
+    pub bytes: u64,
+    /// Looked at.
+    pub seen: u64,
+    pub took: Duration,
+}
+
+/// A part of a file to be compared.
+struct Job<'a> {
+    file: usize,
+    chunk: u64,
+    known: &'a [Print],
+}
+
+impl Run<'_> {
+    /// One round: afterwards the destination has every page as it was at some moment of the round.
+    pub(super) fn memory_round(&mut self, phase: Phase) -> Result<Round, Stop> {
+        let start = Instant::now();
+        let Some(dir) = self.world.host().memory_files(&self.request.container) else { return Ok(Round::default()) };
+        let open = list(&dir)?;
+        if open.is_empty() && self.known.0.is_empty() {
+            return Ok(Round::default());
+        }
+        let files: Vec<MemoryFile> = open.iter().map(|(_, file)| file.clone()).collect();
+        self.memory_order(Order::Memory { files: files.clone() })?;
+        let mut known = std::mem::take(&mut self.known);
+        // A file that is another one by now begins anew on both sides.
+        known.0.retain(|name, known| files.iter().any(|f| f.name == *name && *f == known.file));
+        for file in &files {
+            let fresh = || KnownFile { file: file.clone(), chunks: BTreeMap::new() };
+            known.0.entry(file.name.clone()).or_insert_with(fresh);
+        }
+        let result = self.changes(&open, &mut known, phase);
+        self.known = known;
+        let (bytes, seen) = result?;
+        self.sent_memory += bytes;
+        Ok(Round { bytes, seen, took: start.elapsed() })
+    }
+
+    /// Rounds while they pay.
+    pub(super) fn memory_rounds(&mut self) -> Result<(), Stop> {
+        let mut before = u64::MAX;
+        for number in 1..=ROUNDS {
+            let round = self.memory_round(Phase::PreCopy)?;
+            if round.seen == 0 {
+                return Ok(());
+            }
+            self.note(format!(
+                "round {number} of registered memory: {} of {} KiB in {:.1} s",
+                round.bytes >> 10,
+                round.seen >> 10,
+                round.took.as_secs_f64()
+            ));
+            if round.bytes <= LITTLE || round.bytes > before / 4 * 3 {
+                return Ok(());
+            }
+            before = round.bytes;
+        }
+        Ok(())
+    }
+
+    fn changes(&self, open: &[(File, MemoryFile)], known: &mut Known, phase: Phase) -> Result<(u64, u64), Stop> {
+        let mut jobs = Vec::new();
+        for (n, (file, meta)) in open.iter().enumerate() {
+            let chunks = &known.0[&meta.name].chunks;
+            let mut numbers: BTreeSet<u64> = chunks.keys().copied().collect();
+            numbers.extend(filled(file).map_err(|e| lost(&meta.name, &e))?);
+            let one = |chunk| Job { file: n, chunk, known: chunks.get(&chunk).map_or(&[][..], Vec::as_slice) };
+            jobs.extend(numbers.into_iter().map(one));
+        }
+        let seen = (jobs.len() * CHUNK * PAGE) as u64;
+        let mut batch = Batch { run: self, phase, total: seen, sent: 0, pages: Vec::new(), waiting: 0 };
+        let mut prints = Vec::with_capacity(jobs.len());
+        let next = AtomicUsize::new(0);
+        let (results, compared) = sync_channel::<(usize, io::Result<Diff>)>(WORKERS);
+        thread::scope(|scope| {
+            for _ in 0..WORKERS.min(thread::available_parallelism().map_or(1, usize::from)).min(jobs.len()) {
+                let (results, jobs, next) = (results.clone(), &jobs, &next);
+                scope.spawn(move || {
+                    let mut buffer = vec![0; CHUNK * PAGE];
+                    loop {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(job) = jobs.get(at) else { return };
+                        let result = compare(&open[job.file].0, job, &mut buffer);
+                        // Nobody listens: somebody else's error ended the round.
+                        if results.send((at, result)).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(results);
+            for (at, result) in compared {
+                let job = &jobs[at];
+                let name = &open[job.file].1.name;
+                let diff = result.map_err(|e| lost(name, &e))?;
+                let now = diff.prints.clone();
+                batch.add(name, job.chunk * CHUNK as u64, diff)?;
+                prints.push((job.file, job.chunk, now));
+            }
+            batch.flush()
+        })?;
+        let sent = batch.sent;
+        for (file, chunk, now) in prints {
+            if let Some(known) = known.0.get_mut(&open[file].1.name) {
+                known.chunks.insert(chunk, now);
+            }
+        }
+        Ok((sent, seen))
+    }
+
+    fn memory_order(&self, order: Order) -> Result<(), Stop> {
+        self.wanted()?;
+        match self.ask_destination(order, PATIENCE)? {
+            Answer::Done => Ok(()),
+            _ => Err(confused("the destination", "memory")),
+        }
+    }
+}
+
+fn lost(name: &str, e: &io::Error) -> Stop {
+    Stop::Failed(format!("registered memory in file {name} cannot be read: {e}"))
+}
+
+/// The files there are, open. What is no plain file is not the shim's.
+fn list(dir: &Path) -> Result<Vec<(File, MemoryFile)>, Stop> {
+    let read = |e: io::Error| Stop::Failed(format!("cannot read {}: {e}", dir.display()));
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(read)? {
+        let entry = entry.map_err(read)?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = match OpenOptions::new().read(true).custom_flags(flags).open(entry.path()) {
+            Ok(file) => file,
+            // Removed meanwhile, or no file.
+            Err(_) => continue,
+        };
+        let meta = file.metadata().map_err(read)?;
+        if !meta.is_file() || !crate::agent::is_plain_name(&name) {
+            continue;
+        }
+        if found.len() == MOST {
+            return Err(Stop::Failed(format!("{} holds more than {MOST} files", dir.display())));
+        }
+        let (id, len, mode) = (meta.ino(), meta.len(), meta.mode() & 0o777);
+        found.push((file, MemoryFile { name, id, len, mode, uid: meta.uid(), gid: meta.gid() }));
+    }
+    found.sort_by(|a, b| a.1.name.cmp(&b.1.name));
+    Ok(found)
+}
+
+/// Numbers of the chunks that have memory.
+fn filled(file: &File) -> io::Result<BTreeSet<u64>> {
+    let step = (CHUNK * PAGE) as u64;
+    let mut found = BTreeSet::new();
+    let mut at = 0;
+    while let Some(start) = seek(file, at, libc::SEEK_DATA)? {
+        let end = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(start + 1);
+        found.extend(start / step..end.div_ceil(step));
+        at = end;
+    }
+    Ok(found)
+}
+
+#[expect(unsafe_code, reason = "lseek with SEEK_DATA has no safe interface")]
+fn seek(file: &File, at: u64, whence: i32) -> io::Result<Option<u64>> {
+    // SAFETY: asks where data is; the position is nobody's business, reads name theirs.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), at as i64, whence) };
+    match u64::try_from(found) {
+        Ok(found) => Ok(Some(found)),
+        Err(_) => match io::Error::last_os_error() {
+            e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            e => Err(e),
+        },
+    }
+}
+
+fn compare(file: &File, job: &Job<'_>, buffer: &mut [u8]) -> io::Result<Diff> {
+    let at = job.chunk * (CHUNK * PAGE) as u64;
+    let mut got = 0;
+    while got < buffer.len() {
+        match file.read_at(&mut buffer[got..], at + got as u64) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    // Pages behind the end of the file are not sent; they compare as zeros.
+    buffer[got..].fill(0);
+    let whole = got.next_multiple_of(PAGE).max(job.known.len() * PAGE);
+    Ok(diff(job.known, &buffer[..whole.min(buffer.len())]))
+}
+
+/// Changes that wait for company.
+struct Batch<'r, 'w> {
+    run: &'r Run<'w>,
+    phase: Phase,
+    total: u64,
+    sent: u64,
+    pages: Vec<MemoryPages>,
+    waiting: usize,
+}
+
+impl Batch<'_, '_> {
+    fn add(&mut self, file: &str, first: u64, diff: Diff) -> Result<(), Stop> {
+        if diff.is_empty() {
+            return Ok(());
+        }
+        if self.waiting + diff.bytes.len() > PIECE {
+            self.flush()?;
+        }
+        self.waiting += diff.bytes.len();
+        let Diff { runs, zeros, bytes, .. } = diff;
+        self.pages.push(MemoryPages { file: file.to_owned(), first, runs, zeros, bytes });
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), Stop> {
+        if self.pages.is_empty() {
+            return Ok(());
+        }
+        self.run.memory_order(Order::Pages(std::mem::take(&mut self.pages)))?;
+        self.sent += std::mem::take(&mut self.waiting) as u64;
+        let (phase, done, total) = (self.phase, self.sent, self.total.max(self.sent));
+        self.run.progress.event(Event::Progress { phase, done, total, unit: "bytes".into() });
+        Ok(())
+    }
+}
