@@ -78,6 +78,8 @@ impl Run<'_> {
         let thread = thread::Builder::new().name("dump".into()).spawn(run);
         let thread = thread.map_err(|e| Stop::Failed(format!("no thread for the dump: {e}")))?;
         self.effects.dump = Some(Dump { verdict, thread });
+        // CRIU leaves registered memory out; nobody writes to it any more.
+        self.late_memory = self.memory_round(Phase::Dump)?.bytes;
         self.wait_for_gate(&reached)
     }
 

@@ -5,7 +5,7 @@
 //!
 //! What the files mean, and who registered what, is not known here.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -61,6 +61,8 @@ pub(super) struct Round {
 struct Job<'a> {
     file: usize,
     chunk: u64,
+    /// Pages of it that have memory, or had.
+    pages: usize,
     known: &'a [Print],
 }
 
@@ -91,7 +93,8 @@ impl Run<'_> {
 
     /// Rounds while they pay.
     pub(super) fn memory_rounds(&mut self) -> Result<(), Stop> {
-        let mut before = u64::MAX;
+        // Pre-setup sent all of it. What has changed since is measured by the first round here.
+        let mut before = if self.sent_memory > 0 { self.sent_memory } else { u64::MAX };
         for number in 1..=ROUNDS {
             let round = self.memory_round(Phase::PreCopy)?;
             if round.seen == 0 {
@@ -115,12 +118,15 @@ impl Run<'_> {
         let mut jobs = Vec::new();
         for (n, (file, meta)) in open.iter().enumerate() {
             let chunks = &known.0[&meta.name].chunks;
-            let mut numbers: BTreeSet<u64> = chunks.keys().copied().collect();
-            numbers.extend(filled(file).map_err(|e| lost(&meta.name, &e))?);
-            let one = |chunk| Job { file: n, chunk, known: chunks.get(&chunk).map_or(&[][..], Vec::as_slice) };
-            jobs.extend(numbers.into_iter().map(one));
+            let mut pages = filled(file).map_err(|e| lost(&meta.name, &e))?;
+            for (chunk, known) in chunks {
+                let pages = pages.entry(*chunk).or_insert(0);
+                *pages = known.len().max(*pages);
+            }
+            let known = |chunk| chunks.get(&chunk).map_or(&[][..], Vec::as_slice);
+            jobs.extend(pages.into_iter().map(|(chunk, pages)| Job { file: n, chunk, pages, known: known(chunk) }));
         }
-        let seen = (jobs.len() * CHUNK * PAGE) as u64;
+        let seen = jobs.iter().map(|job| job.pages * PAGE).sum::<usize>() as u64;
         let mut batch = Batch { run: self, phase, total: seen, sent: 0, pages: Vec::new(), waiting: 0 };
         let mut prints = Vec::with_capacity(jobs.len());
         let next = AtomicUsize::new(0);
@@ -201,14 +207,17 @@ fn list(dir: &Path) -> Result<Vec<(File, MemoryFile)>, Stop> {
     Ok(found)
 }
 
-/// Numbers of the chunks that have memory.
-fn filled(file: &File) -> io::Result<BTreeSet<u64>> {
+/// The chunks that have memory, with the number of pages up to the last of each that has.
+fn filled(file: &File) -> io::Result<BTreeMap<u64, usize>> {
     let step = (CHUNK * PAGE) as u64;
-    let mut found = BTreeSet::new();
+    let mut found = BTreeMap::new();
     let mut at = 0;
     while let Some(start) = seek(file, at, libc::SEEK_DATA)? {
         let end = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(start + 1);
-        found.extend(start / step..end.div_ceil(step));
+        for chunk in start / step..end.div_ceil(step) {
+            let bytes = (end - chunk * step).min(step) as usize;
+            found.insert(chunk, bytes.div_ceil(PAGE));
+        }
         at = end;
     }
     Ok(found)
@@ -228,6 +237,7 @@ fn seek(file: &File, at: u64, whence: i32) -> io::Result<Option<u64>> {
 }
 
 fn compare(file: &File, job: &Job<'_>, buffer: &mut [u8]) -> io::Result<Diff> {
+    let buffer = &mut buffer[..job.pages * PAGE];
     let at = job.chunk * (CHUNK * PAGE) as u64;
     let mut got = 0;
     while got < buffer.len() {
@@ -238,10 +248,9 @@ fn compare(file: &File, job: &Job<'_>, buffer: &mut [u8]) -> io::Result<Diff> {
             Err(e) => return Err(e),
         }
     }
-    // Pages behind the end of the file are not sent; they compare as zeros.
+    // A file that became shorter: the destination's did, too.
     buffer[got..].fill(0);
-    let whole = got.next_multiple_of(PAGE).max(job.known.len() * PAGE);
-    Ok(diff(job.known, &buffer[..whole.min(buffer.len())]))
+    Ok(diff(job.known, buffer))
 }
 
 /// Changes that wait for company.

@@ -43,7 +43,6 @@ impl Run<'_> {
 
     /// After the freeze: what was made, connected or destroyed meanwhile.
     pub(super) fn converge(&mut self) -> Result<(), Stop> {
-        self.late_memory = self.memory_round(Phase::Converge)?.bytes;
         if self.states.is_empty() {
             return Ok(());
         }
