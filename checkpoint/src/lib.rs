@@ -15,6 +15,7 @@ pub mod engine;
 pub mod image;
 pub mod incubator;
 mod kcmp;
+pub mod memory_image;
 pub mod moved;
 pub mod net;
 pub mod phase;

@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use checkpoint::criu::rpc::{Criu_opts, Criu_page_server_info};
 use checkpoint::criu::{CriuError, Notify, Verdict};
+use checkpoint::memory_image;
 use libcontainer::container::ContainerStatus;
 use libcontainer::oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 
 use crate::criu_plan::{self, Common, Directories, MASK};
 use crate::gate::Gate;
+use crate::inject::HostPaths;
 use crate::seal::{self, Seal};
 use crate::store::{self, ContainerHandle};
 use crate::{criu_version, destroy, handed, keeper, stdio};
@@ -37,6 +39,8 @@ pub struct DumpOptions {
     /// Memory pages only; the container goes on.
     pub pre_dump: bool,
     pub leave_running: bool,
+    /// Write registered memory that lies in files into the image. A migration sends it by itself.
+    pub keep_memory: bool,
     /// Remove the container's state afterwards (never with `leave_running` or `pre_dump`).
     pub remove: bool,
     pub tcp_skip_in_flight: bool,
@@ -54,6 +58,7 @@ impl DumpOptions {
             tracked: false,
             pre_dump: false,
             leave_running: false,
+            keep_memory: true,
             remove: true,
             tcp_skip_in_flight: false,
             link_remap: false,
@@ -211,6 +216,14 @@ fn write_facts(handle: &ContainerHandle, dir: &Path, keys: &[String], mut facts:
     store::write_json(&dir.join(FACTS), &facts)
 }
 
+fn keep_memory(handle: &ContainerHandle, options: &DumpOptions) -> Result<()> {
+    let dir = HostPaths::default().memory_dir(handle.id());
+    if options.keep_memory && dir.is_dir() {
+        memory_image::save(&dir, &options.common.image_path)?;
+    }
+    Ok(())
+}
+
 fn run(
     handle: &ContainerHandle,
     opts: Criu_opts,
@@ -224,7 +237,10 @@ fn run(
     let mut notify = |told: Notify| -> Verdict {
         let answer = match told.script.as_str() {
             "post-dump" if !options.pre_dump => {
-                write_facts(handle, &options.common.image_path, &keys, facts.clone()).and_then(|()| gate.post_dump())
+                let images = &options.common.image_path;
+                keep_memory(handle, options)
+                    .and_then(|()| write_facts(handle, images, &keys, facts.clone()))
+                    .and_then(|()| gate.post_dump())
             }
             "status-ready" => tell_ready(status_fd.take()),
             _ => Ok(()),

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use checkpoint::criu::rpc::{Cgroup_root, Criu_opts, Inherit_fd, Join_namespace};
 use checkpoint::criu::{CriuError, Notify, Verdict, soften_errno_texts};
+use checkpoint::memory_image;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::hooks;
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -20,9 +21,10 @@ use crate::cgroup::Cgroup;
 use crate::criu_plan::{self, Common, Directories, MASK};
 use crate::dump::ImageFacts;
 use crate::gate::Gate;
+use crate::inject::HostPaths;
 use crate::launch::{self, Prepared};
 use crate::store::{self, ContainerHandle};
-use crate::{console, destroy, mountpoints, nodes, procfs, seal, stdio};
+use crate::{console, destroy, memory, mountpoints, nodes, procfs, seal, stdio};
 
 /// Log of restores, a name engines know.
 pub const LOG: &str = "restore.log";
@@ -143,6 +145,7 @@ fn restore_in(
     let common = &options.common;
     let mut handle = launch::new_handle(dir, &options.id, prepared, options.systemd_cgroup)?;
     mountpoints::make(spec, &prepared.rootfs)?;
+    put_memory(&options.id, &common.image_path)?;
     let dirs = Directories::open(common, false)?;
     let mut opts = common.options(&dirs, spec, LOG)?;
     let mut criu = common.driver(prepared.shim.is_some(), LOG);
@@ -229,6 +232,21 @@ fn restore_in(
         launch::write_pid_file(path, pid)?;
     }
     Ok(Restored { pid, console: terminal })
+}
+
+/// Registered memory that an image on disk holds.
+fn put_memory(id: &str, images: &Path) -> Result<()> {
+    if !memory_image::is_in(images) {
+        return Ok(());
+    }
+    let dir = HostPaths::default().memory_dir(id);
+    if !dir.is_dir() {
+        bail!(
+            "the image has registered memory in files, but the bundle's config.json does not ask for it: add annotation {}=files",
+            memory::ANNOTATION
+        );
+    }
+    Ok(memory_image::load(images, &dir)?)
 }
 
 /// Records the restored init before it runs.

@@ -139,7 +139,7 @@ impl Run<'_> {
                     loop {
                         let at = next.fetch_add(1, Ordering::Relaxed);
                         let Some(job) = jobs.get(at) else { return };
-                        let result = compare(&open[job.file].0, job, &mut buffer);
+                        let result = compare(&open[job.file].0, job.chunk, job.known, &mut buffer[..job.pages * PAGE]);
                         // Nobody listens: somebody else's error ended the round.
                         if results.send((at, result)).is_err() {
                             return;
@@ -181,7 +181,7 @@ fn lost(name: &str, e: &io::Error) -> Stop {
 }
 
 /// The files there are, open. What is no plain file is not the shim's.
-fn list(dir: &Path) -> Result<Vec<(File, MemoryFile)>, Stop> {
+pub(crate) fn list(dir: &Path) -> Result<Vec<(File, MemoryFile)>, Stop> {
     let read = |e: io::Error| Stop::Failed(format!("cannot read {}: {e}", dir.display()));
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(read)? {
@@ -208,7 +208,7 @@ fn list(dir: &Path) -> Result<Vec<(File, MemoryFile)>, Stop> {
 }
 
 /// The chunks that have memory, with the number of pages up to the last of each that has.
-fn filled(file: &File) -> io::Result<BTreeMap<u64, usize>> {
+pub(crate) fn filled(file: &File) -> io::Result<BTreeMap<u64, usize>> {
     let step = (CHUNK * PAGE) as u64;
     let mut found = BTreeMap::new();
     let mut at = 0;
@@ -236,9 +236,9 @@ fn seek(file: &File, at: u64, whence: i32) -> io::Result<Option<u64>> {
     }
 }
 
-fn compare(file: &File, job: &Job<'_>, buffer: &mut [u8]) -> io::Result<Diff> {
-    let buffer = &mut buffer[..job.pages * PAGE];
-    let at = job.chunk * (CHUNK * PAGE) as u64;
+/// Reads the first pages of a chunk, as many as `buffer` holds, and compares them.
+pub(crate) fn compare(file: &File, chunk: u64, known: &[Print], buffer: &mut [u8]) -> io::Result<Diff> {
+    let at = chunk * (CHUNK * PAGE) as u64;
     let mut got = 0;
     while got < buffer.len() {
         match file.read_at(&mut buffer[got..], at + got as u64) {
@@ -250,7 +250,7 @@ fn compare(file: &File, job: &Job<'_>, buffer: &mut [u8]) -> io::Result<Diff> {
     }
     // A file that became shorter: the destination's did, too.
     buffer[got..].fill(0);
-    Ok(diff(job.known, buffer))
+    Ok(diff(known, buffer))
 }
 
 /// Changes that wait for company.

@@ -11,7 +11,7 @@ use std::sync::MutexGuard;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::swap::Snapshot;
-use super::{Table, files, maps, table};
+use super::{Table, advice, files, maps, table};
 use crate::entry::boundary;
 
 /// What lies between `prepare` and the handlers after the fork.
@@ -82,6 +82,7 @@ unsafe extern "C" fn child() {
                 // SAFETY: nothing is mapped there in the child; it belonged to the parent's backed memory.
                 unsafe { copy.install() };
             }
+            advice::clear();
             let table = &mut *pending.table;
             let generation = table.generation.wrapping_add(1);
             *table = Table { generation, ..Table::default() };

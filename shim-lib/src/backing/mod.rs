@@ -12,10 +12,12 @@
 //! | [`files`] | the files |
 //! | [`maps`] | what is mapped where |
 //! | [`uffd`], [`swap`] | exchanging memory under running threads |
+//! | [`advice`] | `madvise`, as on private memory |
 //! | [`fork`] | a child sees its own copy, as of private memory |
 //!
 //! Who registers what is in [`crate::mr`]; copying to another host is not here at all.
 
+mod advice;
 mod files;
 mod fork;
 mod maps;
@@ -149,6 +151,7 @@ pub fn acquire(addr: u64, len: u64, access: u32) -> Hold {
         }
         match back(&range) {
             Ok(hull) => {
+                advice::add(&range);
                 table.hulls.insert(range.start, hull);
                 return table.join(&range).unwrap_or_default();
             }
@@ -188,6 +191,7 @@ pub fn release(hold: Hold) {
         let range = start..hull.end;
         match give_back(hull) {
             Ok(()) => {
+                advice::remove(start);
                 table.hulls.remove(&start);
                 table.has_returned(range);
             }

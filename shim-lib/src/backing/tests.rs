@@ -344,6 +344,37 @@ fn memory_that_was_moved_and_made_longer_follows() {
 }
 
 #[test]
+fn advice_means_what_it_means_for_private_memory() {
+    let _alone = alone();
+    let memory = Memory::new(256 << 10);
+    let fill = || memory.words().iter().for_each(|w| w.store(1, Ordering::Relaxed));
+    let at = |offset: usize| (memory.at + offset) as *mut libc::c_void;
+    let look = || {
+        fill();
+        // SAFETY: our own memory.
+        let answers = unsafe {
+            [
+                advice::madvise(at(64 << 10), 64 << 10, libc::MADV_DONTNEED),
+                advice::madvise(at(128 << 10), 64 << 10, libc::MADV_FREE),
+                advice::madvise(at(0), 64 << 10, libc::MADV_REMOVE),
+                advice::madvise(at(1), 64 << 10, libc::MADV_DONTNEED),
+                advice::madvise(at(0), 64 << 10, libc::MADV_WILLNEED),
+            ]
+        };
+        let word = |offset: usize| memory.words()[offset / 8].load(Ordering::Relaxed);
+        (answers, [0, (64 << 10) - 8, 64 << 10, (128 << 10) - 8, 192 << 10].map(word))
+    };
+    let private = look();
+    let hold = memory.register();
+    assert!(memory.is_backed());
+    assert_eq!(look(), private);
+    assert_eq!(private.1, [1, 1, 0, 0, 1]);
+    release(hold);
+    assert!(memory.perms().iter().all(|p| p == "rw-p"));
+    assert_eq!(memory.words()[0].load(Ordering::Relaxed), 1);
+}
+
+#[test]
 fn protection_given_meanwhile_is_kept() {
     let _alone = alone();
     let memory = Memory::new(128 << 10);

@@ -8,6 +8,7 @@
 mod checkers;
 mod copies;
 mod failures;
+mod memory;
 mod perftest;
 mod places;
 mod precopy;
@@ -20,6 +21,7 @@ use crate::scenario::Scenario;
 /// All claims about migration, the most telling ones first.
 pub const GROUPS: &[&[Scenario]] = &[
     checkers::CLAIMS,
+    memory::CLAIMS,
     places::CLAIMS,
     perftest::CLAIMS,
     processes::CLAIMS,

@@ -35,12 +35,23 @@ pub struct Stage<'a> {
     /// Nodes, notes, allowances.
     pub ctx: &'a mut Context,
     cast: Vec<Actor>,
+    annotations: Vec<(String, String)>,
 }
 
 impl<'a> Stage<'a> {
     /// An empty stage.
     pub fn new(ctx: &'a mut Context) -> Self {
-        Self { ctx, cast: Vec::new() }
+        let mut stage = Self { ctx, cast: Vec::new(), annotations: Vec::new() };
+        // To run every scenario that way.
+        if std::env::var_os("MIGRRDMA_MEMORY_IN_FILES").is_some() {
+            stage.memory_in_files();
+        }
+        stage
+    }
+
+    /// Every container from now on has its registered memory in files.
+    pub fn memory_in_files(&mut self) {
+        self.annotations.push(("org.migrrdma.registered-memory".into(), "files".into()));
     }
 
     /// Prepares a container's bundle on every node of `homes`, and starts it on the first.
@@ -69,6 +80,7 @@ impl<'a> Stage<'a> {
                 name: name.to_owned(),
                 ip: Some(format!("10.20.0.{host}/24")),
                 copies: copies.clone(),
+                annotations: self.annotations.clone(),
                 command: command.iter().map(ToString::to_string).collect(),
                 ..Bundle::default()
             }

@@ -1,0 +1,71 @@
+//! Registered memory in files: it is at the destination, and registered there, before the pause; and it is the same
+//! memory for the program all the time.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+
+use super::stage::{Pair, Stage};
+use crate::scenario::{Context, Scenario};
+
+const MEMORY: &str = "/run/migrrdma-agent/memory";
+
+/// Moves the client of a pair along `path`; `look` judges what each move says about itself.
+fn moves(ctx: &mut Context, path: &[&str], load: &[&str], look: fn(&Value) -> Result<()>) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    stage.memory_in_files();
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], load)?;
+    for to in path {
+        let summary = stage.migrate(&pair.client, to)?;
+        look(&summary)?;
+        let number = |key: &str| summary[key].as_u64().unwrap_or(0) >> 10;
+        stage.ctx.note(format!(
+            "registered memory: {} KiB sent, {} KiB of it in the pause",
+            number("memory_bytes"),
+            number("memory_bytes_in_pause")
+        ));
+        stage.flow(&pair.client, 200)?;
+    }
+    pair.judge(&mut stage)?;
+    let nodes = ["src", "dst", "peer"].map(|n| stage.ctx.node(n).cloned());
+    stage.finish()?;
+    for node in nodes {
+        let left = node?.sh(&format!("find {MEMORY} -type f 2>/dev/null | wc -l"))?;
+        ensure!(left.trim() == "0", "{} files of registered memory are left", left.trim());
+    }
+    Ok(())
+}
+
+fn all_early(summary: &Value) -> Result<()> {
+    let number = |key: &str| summary[key].as_u64().unwrap_or(0);
+    let (moved, early) = (number("mrs_moved"), number("mrs_registered_early"));
+    ensure!(moved > 0 && early == moved, "{early} of {moved} MRs were registered before the restore: {summary}");
+    ensure!(number("memory_bytes") > 0, "no registered memory was sent ahead: {summary}");
+    Ok(())
+}
+
+/// Claims about registered memory.
+pub const CLAIMS: &[Scenario] = &[
+    Scenario {
+        name: "registered memory is sent ahead of the pause, and nothing is registered inside it",
+        long: false,
+        limit: Duration::from_secs(300),
+        run: |c| moves(c, &["dst", "src"], &["--qps", "2", "--depth", "4", "--msg-size", "65536"], all_early),
+    },
+    Scenario {
+        name: "registered memory: ten moves in a row under inbound writes keep every byte",
+        long: true,
+        limit: Duration::from_secs(900),
+        run: |c| {
+            let path = ["dst", "src"].repeat(5);
+            moves(c, &path, &["--qps", "2", "--mix", "write,write_imm", "--msg-size", "65536"], all_early)
+        },
+    },
+    Scenario {
+        name: "registered memory that is registered and deregistered all the time is moved",
+        long: true,
+        limit: Duration::from_secs(300),
+        run: |c| moves(c, &["dst", "src"], &["--qps", "2", "--msg-size", "65536", "--churn"], |_| Ok(())),
+    },
+];
