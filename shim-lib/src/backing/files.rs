@@ -42,7 +42,7 @@ pub fn path(name: &str) -> String {
     format!("{}/{name}", dir())
 }
 
-/// A new file with `len` bytes of memory in it, all zero.
+/// A new file for `len` bytes of memory; it has none yet.
 pub fn make(len: usize) -> io::Result<(String, File)> {
     unlimited()?;
     let mut options = OpenOptions::new();
@@ -54,9 +54,7 @@ pub fn make(len: usize) -> io::Result<(String, File)> {
             other => break (name, other?),
         }
     };
-    // All of it now: a tmpfs that is full must show here, not when the application writes.
-    let filled = file.set_len(len as u64 + TAIL).and_then(|()| allocate(&file, len));
-    match filled {
+    match file.set_len(len as u64 + TAIL) {
         Ok(()) => Ok((name, file)),
         Err(e) => {
             remove(&name);
@@ -65,13 +63,22 @@ pub fn make(len: usize) -> io::Result<(String, File)> {
     }
 }
 
+/// Puts memory, all zero, into a part of a file.
 #[expect(unsafe_code, reason = "fallocate has no safe interface")]
-fn allocate(file: &File, len: usize) -> io::Result<()> {
+pub fn allocate(file: &File, at: usize, len: usize) -> io::Result<()> {
     // SAFETY: our own file.
-    match unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, len as i64) } {
+    match unsafe { libc::fallocate(file.as_raw_fd(), 0, at as i64, len as i64) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Takes the memory out of a part of a file. Best effort: the file goes soon.
+#[expect(unsafe_code, reason = "fallocate has no safe interface")]
+pub fn punch(file: &File, at: u64, len: usize) {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: our own file.
+    unsafe { libc::fallocate(file.as_raw_fd(), mode, at as i64, len as i64) };
 }
 
 /// A limit on file sizes would end the process with a signal.

@@ -29,7 +29,6 @@ mod uffd;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -269,7 +268,7 @@ fn back(range: &Range<usize>) -> io::Result<Hull> {
     fork::watch()?;
     let (file, open) = files::make(range.len())?;
     // SAFETY: plain memory of this process, as just seen, that no device has: nobody has registered it.
-    let swapped = unsafe { swap::to_file(range.start, range.len(), open.as_fd()) };
+    let swapped = unsafe { swap::to_file(range.start, range.len(), &open) };
     if let Err(e) = swapped {
         files::remove(&file);
         return Err(e);
@@ -285,7 +284,7 @@ fn give_back(hull: &Hull) -> io::Result<()> {
     for mapping in maps::of_files(&path)?.into_iter().filter(|m| m.name == path) {
         let (start, len) = (mapping.start, mapping.end - mapping.start);
         // SAFETY: a mapping of that file, as just seen; only we map it.
-        unsafe { swap::to_private(start, len, open.as_fd(), mapping.offset)? };
+        unsafe { swap::to_private(start, len, &open, mapping.offset)? };
         let protection = mapping.protection();
         // SAFETY: the memory that has just been put there; these are the properties the application gave it.
         unsafe {

@@ -11,14 +11,17 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::{null_mut, slice_from_raw_parts};
 
 use libc::c_int;
 
-use super::PAGE;
 use super::uffd::Uffd;
+use super::{PAGE, files};
+
+/// Bytes that are exchanged at once: nobody waits longer than that takes, and no more memory than that is there twice.
+const AT_ONCE: usize = 8 << 20;
 
 /// Bytes around the stack pointer that the swap may use itself.
 const OWN_STACK: usize = 512 << 10;
@@ -96,25 +99,43 @@ fn is_own_stack(start: usize, len: usize) -> bool {
     start < at.saturating_add(OWN_STACK) && at.saturating_sub(OWN_STACK) < start + len
 }
 
-/// Replaces the private memory `[start, start + len)` by the beginning of `file`, which has at least that many bytes,
-/// all of them allocated and zero.
+/// Replaces the private memory `[start, start + len)` by the beginning of `file`, where nothing is yet. After an error it
+/// is private memory as before, or (if the kernel cannot even do that) still partly the file.
 ///
 /// # Safety
 /// The range is whole pages of plain memory of this process, and no device has been given its pages.
-pub unsafe fn to_file(start: usize, len: usize, file: BorrowedFd<'_>) -> io::Result<()> {
+pub unsafe fn to_file(start: usize, len: usize, file: &File) -> io::Result<()> {
     if is_own_stack(start, len) {
         return Err(io::Error::other("it is the stack of the thread that registers it"));
     }
-    let copy = Temporary::file(file, 0, len)?;
     let pagemap = File::open("/proc/self/pagemap")?;
+    for at in (0..len).step_by(AT_ONCE) {
+        let n = AT_ONCE.min(len - at);
+        // A tmpfs or a memory limit that is reached must show here, not when the application writes.
+        let here = files::allocate(file, at, n).and_then(|()| {
+            // SAFETY: a part of the range.
+            unsafe { part_to_file(start + at, n, file, at, &pagemap) }
+        });
+        if let Err(e) = here {
+            // SAFETY: what has been replaced so far.
+            return unsafe { to_private(start, at, file, 0) }.and(Err(e));
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As for [`to_file`].
+unsafe fn part_to_file(start: usize, len: usize, file: &File, offset: usize, pagemap: &File) -> io::Result<()> {
+    let copy = Temporary::file(file.as_fd(), offset as u64, len)?;
     // In this order: on an error the memory is let go before signals are.
     let unsignalled = Unsignalled::begin();
     let uffd = Uffd::open()?;
     uffd.hold(start, len)?;
     // SAFETY: nobody changes the range any more; the copy is ours and as long.
-    let done = unsafe { copy_present(start, len, copy.at, &pagemap) } && {
+    let done = unsafe { copy_present(start, len, copy.at, pagemap) } && {
         // SAFETY: the content is in the file; who waits goes on with the file.
-        unsafe { map_file(start, len, file, 0) || put_back(start, &copy) }
+        unsafe { map_file(start, len, file.as_fd(), offset as u64) || put_back(start, &copy) }
     };
     uffd.wake(start, len);
     drop(uffd);
@@ -129,12 +150,12 @@ pub unsafe fn to_file(start: usize, len: usize, file: BorrowedFd<'_>) -> io::Res
 unsafe fn copy_present(start: usize, len: usize, to: *mut u8, pagemap: &File) -> bool {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
-    const AT_ONCE: usize = 512;
-    let mut entries = [0u8; AT_ONCE * 8];
+    const ENTRIES: usize = 512;
+    let mut entries = [0u8; ENTRIES * 8];
     let pages = len / PAGE;
     let mut first = 0;
     while first < pages {
-        let n = AT_ONCE.min(pages - first);
+        let n = ENTRIES.min(pages - first);
         let entries = &mut entries[..n * 8];
         if pagemap.read_exact_at(entries, ((start / PAGE + first) * 8) as u64).is_err() {
             return false;
@@ -185,27 +206,40 @@ unsafe fn put_back(start: usize, copy: &Temporary) -> bool {
     false
 }
 
-/// Replaces the file's pages from `offset` at `[start, start + len)` by private memory with their content.
+/// Replaces the file's pages from `offset` at `[start, start + len)` by private memory with their content, and gives the
+/// file's pages back to the system.
 ///
 /// # Safety
-/// The range is a shared mapping of that part of `file`.
-pub unsafe fn to_private(start: usize, len: usize, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
-    if is_own_stack(start, len) {
+/// The range is a shared mapping of that part of `file`, and nobody else needs that part.
+pub unsafe fn to_private(start: usize, len: usize, file: &File, offset: u64) -> io::Result<()> {
+    if len > 0 && is_own_stack(start, len) {
         return Err(io::Error::other("it is the stack of the thread that deregisters it"));
     }
-    let source = Temporary::file(file, offset, len)?;
+    for at in (0..len).step_by(AT_ONCE) {
+        let n = AT_ONCE.min(len - at);
+        // SAFETY: a part of the range.
+        unsafe { part_to_private(start + at, n, file, offset + at as u64) }?;
+        files::punch(file, offset + at as u64, n);
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As for [`to_private`].
+unsafe fn part_to_private(start: usize, len: usize, file: &File, offset: u64) -> io::Result<()> {
     let mut memory = Temporary::private(len)?;
     // In this order: on an error the memory is let go before signals are.
     let unsignalled = Unsignalled::begin();
     let uffd = Uffd::open()?;
     uffd.hold(start, len)?;
-    // SAFETY: two mappings of ours; nobody changes the file through the range.
-    unsafe { copy_filled(&source, &memory) };
-    let done = memory.move_to(start);
-    if !done {
+    // SAFETY: fresh memory of ours; nobody changes the file through the range.
+    let copied = unsafe { std::slice::from_raw_parts_mut(memory.at, len) };
+    let mut done = file.read_exact_at(copied, offset).is_ok();
+    if done && !memory.move_to(start) {
+        done = false;
         // What was there may be gone already; the file still has it.
         // SAFETY: as promised by the caller.
-        unsafe { map_file(start, len, file, offset) };
+        unsafe { map_file(start, len, file.as_fd(), offset) };
     }
     uffd.wake(start, len);
     drop(uffd);

@@ -87,7 +87,8 @@ fn memory_is_in_a_file_while_it_is_registered_and_private_again_after() {
 fn no_write_of_a_running_thread_is_lost_in_a_hundred_swaps() {
     let _alone = alone();
     const THREADS: usize = 3;
-    let memory = Arc::new(Memory::new(8 << 20));
+    // Longer than what is exchanged at once.
+    let memory = Arc::new(Memory::new(20 << 20));
     let stop = Arc::new(AtomicBool::new(false));
     // Each thread counts up words of its own all over the range and knows what each must hold.
     let writers: Vec<_> = (0..THREADS)
