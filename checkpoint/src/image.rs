@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 pub const FILE: &str = "rdma.img";
 
 /// Version written; the only one read.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Largest image accepted, bytes: tens of thousands of objects need a few megabytes.
 pub const MAX_LEN: usize = 64 << 20;
@@ -269,9 +269,9 @@ mod tests {
     #[test]
     fn a_newer_version_is_refused_by_name() {
         let mut bytes = encode(&image()).unwrap();
-        bytes[8] = 2;
+        bytes[8] = 99;
         let text = decode(&bytes).unwrap_err().to_string();
-        assert!(text.contains("format version 2"), "{text}");
+        assert!(text.contains("format version 99"), "{text}");
     }
 
     #[test]
