@@ -49,8 +49,8 @@ fn all_early(summary: &Value) -> Result<()> {
 pub const CLAIMS: &[Scenario] = &[
     Scenario {
         name: "registered memory is sent ahead of the pause, and nothing is registered inside it",
-        long: false,
-        limit: Duration::from_secs(300),
+        long: true,
+        limit: Duration::from_secs(600),
         run: |c| moves(c, &["dst", "src"], &["--qps", "2", "--depth", "4", "--msg-size", "65536"], all_early),
     },
     Scenario {
