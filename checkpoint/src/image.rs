@@ -4,7 +4,7 @@
 //! body is decoded; what is not understood is refused in one line. The CRIU plugin compiles this same file, so it uses
 //! nothing of this crate. CRIU's own images, memory pages and the order of phases are not here.
 
-use rdma_virt::id::PGid;
+use rdma_virt::id::{MigrationId, PGid};
 use rdma_virt::saved::ProcessState;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -40,6 +40,24 @@ pub struct RdmaImage {
     /// Devices its processes use, as they are on that host.
     pub devices: Vec<SourceDevice>,
     pub processes: Vec<ImagedProcess>,
+    /// What a restore from files needs; absent in a migration, whose source is there to be asked.
+    pub session: Option<ImagedSession>,
+}
+
+/// The series of pre-dumps and the checkpoint that an image on disk belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImagedSession {
+    /// The name under which peers know it.
+    pub migration: MigrationId,
+    /// `host:port` of the source's agent; empty if it has no address others could use.
+    pub source: String,
+    /// The container ended with this image, and its peers wait; otherwise it went on, and only a partial restore is
+    /// possible.
+    pub whole: bool,
+    /// Numbers the container's later QPs come from: the first, and how many.
+    pub lease: (u32, u32),
+    /// Who is connected to whom, as JSON of the engine's plan: opaque here.
+    pub plan: Vec<u8>,
 }
 
 /// How the restored process gets its kernel objects.
@@ -254,6 +272,13 @@ mod tests {
                 },
                 host_pid: 4711,
             }],
+            session: Some(ImagedSession {
+                migration: MigrationId([4; 16]),
+                source: "10.0.0.1:7477".into(),
+                whole: true,
+                lease: (1 << 20, 8),
+                plan: b"{}".to_vec(),
+            }),
         }
     }
 

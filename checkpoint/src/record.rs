@@ -32,6 +32,19 @@ pub enum State {
     Aborted,
 }
 
+/// What the record is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// A container goes to another host.
+    #[default]
+    Migration,
+    /// A container goes to disk.
+    Checkpoint,
+    /// A container comes from disk.
+    Restore,
+}
+
 /// One migration, as its source remembers it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,7 +53,9 @@ pub struct Record {
     /// 32 hexadecimal digits.
     pub id: String,
     pub container: String,
-    /// `host:port` of the destination's agent.
+    #[serde(default)]
+    pub kind: Kind,
+    /// `host:port` of the destination's agent; this host's own sign where there is no other.
     pub to: String,
     pub state: State,
     /// `host:port` of the agents of all peers, and the containers there that take part.
@@ -59,6 +74,7 @@ impl Record {
             version: VERSION,
             id: id.to_string(),
             container: container.into(),
+            kind: Kind::Migration,
             to: to.into(),
             state: State::Started,
             peers: Vec::new(),

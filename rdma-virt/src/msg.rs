@@ -105,6 +105,9 @@ pub enum Request {
     /// the QPs of the links given. Sends stay held. There is no way back, so it may be repeated after a failure, and
     /// with more links: what is done already is not done again. → [`Reply::Rebuilt`]
     Rebuild(RebuildProcess),
+    /// Of a peer, before commit: whoever asked for the second QPs does not need them; they are destroyed. A suspension
+    /// stays as it is. → [`Reply::Done`]
+    Unprepare,
 }
 
 /// Which QPs a suspension is about.

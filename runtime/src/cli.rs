@@ -416,6 +416,9 @@ pub struct Restore {
     /// Prepare what can be prepared from a pre-copied image, and wait
     #[arg(long)]
     pub partial: bool,
+    /// With --detach: a monitor keeps stdio (logs) and exit status (wait)
+    #[arg(long, requires = "detach", conflicts_with_all = ["console_socket", "partial"])]
+    pub supervise: bool,
     #[arg(long, hide = true)]
     pub no_pivot: bool,
     #[arg(long, hide = true)]

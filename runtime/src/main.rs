@@ -7,6 +7,7 @@
 
 mod admin_client;
 mod argv;
+mod by_agent;
 mod cgroup;
 mod cli;
 mod clock;

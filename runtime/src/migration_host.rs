@@ -430,7 +430,7 @@ impl Host for MigrationHost {
 }
 
 /// The network namespace a bundle names.
-fn netns(spec: &Spec) -> Option<PathBuf> {
+pub fn netns(spec: &Spec) -> Option<PathBuf> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
     namespaces.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?.path().clone()
 }

@@ -88,6 +88,13 @@ fn plain(event: &Event) {
         Event::Possible => println!("it could be done"),
         Event::Done { summary } => done(summary),
         Event::Enter { .. } | Event::Progress { .. } | Event::Status { .. } => {}
+        // Of conversations that have no display.
+        Event::Plain
+        | Event::Dump
+        | Event::Restore { .. }
+        | Event::Go
+        | Event::Refuse { .. }
+        | Event::Dropped { .. } => {}
         // These become the program's error message.
         Event::Refused { .. } | Event::Undone { .. } | Event::Unfinished { .. } | Event::Error { .. } => {}
     }

@@ -400,9 +400,3 @@ impl Drop for MountedRoot {
         let _ = fs::remove_dir(&self.0);
     }
 }
-
-/// Preparing a restore from an image that is not complete yet. One seam, so
-/// that the command line's answer and the migration's are the same.
-pub fn restore_partial(options: &RestoreOptions) -> Result<()> {
-    bail!("restore --partial is not available yet (container {}); restore without --partial", options.id)
-}

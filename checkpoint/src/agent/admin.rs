@@ -9,7 +9,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -18,6 +19,9 @@ use serde::{Deserialize, Serialize};
 
 use super::status::Status;
 use super::{Agent, StartError};
+use crate::engine::by_hand::{Clerk, Word};
+use crate::engine::park::{self, CheckpointRequest};
+use crate::engine::revive::{self, RestoreRequest};
 use crate::engine::{Cancel, MigrateRequest, Progress, source};
 use crate::phase::Phase;
 use crate::timeline::Summary;
@@ -31,8 +35,20 @@ const LINE: u64 = 64 << 10;
 pub enum Request {
     Status,
     Migrate(MigrateRequest),
+    /// Checkpoint or pre-dump by the program at the other end, which runs CRIU when it is told to.
+    Checkpoint(CheckpointRequest),
+    /// Restore by the program at the other end.
+    Restore(RestoreRequest),
+    /// Prepare a restore and wait for it.
+    Partial(RestoreRequest),
+    /// Drop what was prepared.
+    DropPartial {
+        container: String,
+    },
     /// On a connection whose migration runs: undo it.
     Abort,
+    /// On a connection whose checkpoint or restore runs: how far CRIU is.
+    Word(Word),
 }
 
 /// What a client is told, one line each.
@@ -90,6 +106,24 @@ pub enum Event {
         phase: Phase,
         why: String,
     },
+    /// To a program that checkpoints: nothing of RDMA is in the container, go on alone. Last line.
+    Plain,
+    /// Dump now.
+    Dump,
+    /// Restore now; an incubator waits for the plugin, or the image needs none.
+    Restore {
+        incubator: bool,
+    },
+    /// Past the gate.
+    Go,
+    /// Not past it: the tasks go on, or end if they were just restored.
+    Refuse {
+        why: String,
+    },
+    /// Whether there was a partial restore to drop. Last line.
+    Dropped {
+        was_there: bool,
+    },
     /// The request itself was not understood. Last line.
     Error {
         text: String,
@@ -134,7 +168,9 @@ fn converse(agent: &Arc<Agent>, stream: UnixStream) {
     let is_root = getsockopt(&stream.as_fd(), PeerCredentials).is_ok_and(|c| c.uid() == 0);
     let Ok(reading) = stream.try_clone() else { return };
     let mut reader = BufReader::new(reading);
-    let talk = Talk { stream: std::sync::Mutex::new(stream) };
+    let (words, heard) = channel();
+    let talk = Arc::new(Talk { stream: Mutex::new(stream), heard: Mutex::new(heard) });
+    let clerk: Arc<dyn Clerk> = talk.clone();
     let tell = |event: Event| talk.send(&event);
     if !is_root {
         tell(Event::Error { text: "only root may ask".into() });
@@ -144,21 +180,45 @@ fn converse(agent: &Arc<Agent>, stream: UnixStream) {
         Ok(Some(Request::Status)) => tell(Event::Status { status: Box::new(agent.status()) }),
         Ok(Some(Request::Migrate(request))) => {
             let cancel = Arc::new(Cancel::default());
-            watch(reader, cancel.clone());
-            source::migrate(agent, &request, &cancel, &talk);
+            watch(reader, cancel.clone(), words);
+            source::migrate(agent, &request, &cancel, &*talk);
         }
-        Ok(Some(Request::Abort)) => tell(Event::Error { text: "no migration runs on this connection".into() }),
+        Ok(Some(Request::Checkpoint(request))) => {
+            let cancel = Arc::new(Cancel::default());
+            watch(reader, cancel.clone(), words);
+            park::checkpoint(agent, &request, &cancel, &clerk, &*talk);
+        }
+        Ok(Some(Request::Restore(request))) => {
+            let cancel = Arc::new(Cancel::default());
+            watch(reader, cancel.clone(), words);
+            revive::restore(agent, &request, &cancel, &clerk, &*talk);
+        }
+        Ok(Some(Request::Partial(request))) => {
+            let cancel = Arc::new(Cancel::default());
+            watch(reader, cancel.clone(), words);
+            revive::partial(agent, &request, &cancel, &*talk);
+        }
+        Ok(Some(Request::DropPartial { container })) => {
+            tell(Event::Dropped { was_there: revive::drop_partial(agent, &container) });
+        }
+        Ok(Some(Request::Abort | Request::Word(_))) => {
+            tell(Event::Error { text: "nothing runs on this connection".into() });
+        }
         Ok(None) => {}
         Err(text) => tell(Event::Error { text }),
     }
 }
 
 /// Sets the flag when the client says so or goes away.
-fn watch(mut reader: BufReader<UnixStream>, cancel: Arc<Cancel>) {
+fn watch(mut reader: BufReader<UnixStream>, cancel: Arc<Cancel>, words: Sender<Word>) {
     let watching = move || {
-        let why = match next(&mut reader) {
-            Ok(Some(Request::Abort)) => "the administrator asked for it",
-            _ => "the administrator's program went away",
+        let why = loop {
+            match next(&mut reader) {
+                // Nobody waits for it if the conversation is over.
+                Ok(Some(Request::Word(word))) => drop(words.send(word)),
+                Ok(Some(Request::Abort)) => break "the administrator asked for it",
+                _ => break "the administrator's program went away",
+            }
         };
         cancel.set(why);
     };
@@ -178,7 +238,8 @@ fn next(reader: &mut impl BufRead) -> Result<Option<Request>, String> {
 }
 
 struct Talk {
-    stream: std::sync::Mutex<UnixStream>,
+    stream: Mutex<UnixStream>,
+    heard: Mutex<Receiver<Word>>,
 }
 
 impl Talk {
@@ -187,6 +248,19 @@ impl Talk {
         line.push(b'\n');
         // A client that is gone is noticed by the watcher.
         let _ = super::lock(&self.stream).write_all(&line);
+    }
+}
+
+impl Clerk for Talk {
+    fn tell(&self, event: Event) {
+        self.send(&event);
+    }
+
+    fn word(&self, deadline: Duration) -> Result<Word, String> {
+        super::lock(&self.heard).recv_timeout(deadline).map_err(|e| match e {
+            RecvTimeoutError::Timeout => format!("the command said nothing for {} s", deadline.as_secs()),
+            RecvTimeoutError::Disconnected => "the command went away".into(),
+        })
     }
 }
 

@@ -131,7 +131,7 @@ impl Agent {
     pub fn resolve_for_other(&self, vgid: VGid, vqpn: VQpn) -> Option<Resolved> {
         self.resolve_here(vgid, vqpn).or_else(|| {
             let homes = self.moved.homes(vgid, vqpn);
-            homes.into_iter().find_map(|at| self.resolve_there(&at, vgid, vqpn))
+            homes.into_iter().filter(|at| at != LOCAL).find_map(|at| self.resolve_there(&at, vgid, vqpn))
         })
     }
 

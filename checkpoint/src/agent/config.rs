@@ -53,11 +53,24 @@ pub struct Deadlines {
     pub forward: u64,
     /// A peer whose source cannot be reached gives up waiting.
     pub orphan: u64,
+    /// After a pre-dump: until the checkpoint it prepares; and a partial restore until the restore.
+    pub session: u64,
+    /// After a checkpoint: peers wait so long for the image to be restored.
+    pub parked: u64,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Deadlines { answer: 30, drain: 10, restore: 120, reconnect: 30, forward: 300, orphan: 600 }
+        Deadlines {
+            answer: 30,
+            drain: 10,
+            restore: 120,
+            reconnect: 30,
+            forward: 300,
+            orphan: 600,
+            session: 600,
+            parked: 600,
+        }
     }
 }
 

@@ -9,6 +9,8 @@
 //! | [`procs`] | which processes really use RDMA |
 //! | [`facts`] | what this host is, and whose agent a GID belongs to |
 //! | [`peer`] | this host as the host of a peer |
+//! | [`parking`] | peers that wait for an image to be restored |
+//! | [`sessions`] | containers of this host that were pre-dumped |
 //! | [`tidy`] | forgetting containers that are no more |
 //! | [`admin`] | the local administrator's socket |
 //!
@@ -22,13 +24,15 @@ pub mod ask;
 pub mod config;
 pub mod doors;
 pub mod facts;
+pub mod parking;
 pub mod peer;
 pub mod procs;
+pub mod sessions;
 pub mod shims;
 pub mod status;
 pub mod tidy;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -107,7 +111,11 @@ pub struct Agent {
     pub desk: Desk,
     /// Migrations this host is the source of, that run now.
     pub running: Mutex<HashMap<MigrationId, Arc<engine::Cancel>>>,
+    /// Containers of this host that were pre-dumped.
+    pub sessions: sessions::Sessions,
     claims: Mutex<HashMap<String, peer::Claim>>,
+    /// Images whose peers here wait no longer.
+    spent: Mutex<HashSet<MigrationId>>,
     cgroups: Mutex<HashMap<String, PathBuf>>,
     registered: Mutex<HashMap<VQpn, ask::Registered>>,
     silent: Mutex<HashMap<String, Instant>>,
@@ -143,7 +151,9 @@ impl Agent {
             config,
             shims: Shims::default(),
             running: Mutex::default(),
+            sessions: sessions::Sessions::default(),
             claims: Mutex::default(),
+            spent: Mutex::default(),
             cgroups: Mutex::default(),
             registered: Mutex::default(),
             silent: Mutex::default(),
@@ -159,6 +169,7 @@ impl Agent {
         self.forget_lost_guests();
         self.doors.serve(self.clone()).map_err(wrap)?;
         engine::dest::forget_old(self);
+        self.recall_parked();
         engine::recover::run(self);
         match &self.identity {
             Ok(identity) => {
@@ -177,6 +188,8 @@ impl Agent {
                 thread::sleep(ROUND);
                 agent.client.tidy();
                 agent.look_after_claims();
+                agent.look_after_parked();
+                agent.look_after_sessions();
                 engine::dest::look_after(&agent);
                 if round.is_multiple_of(SELDOM) {
                     engine::recover::run(&agent);
@@ -232,7 +245,13 @@ impl Agent {
         let id = migration.ok_or_else(|| Refusal::Failed(format!("{name} belongs to a migration, but names none")))?;
         match order {
             Order::Describe | Order::Resolve { .. } | Order::Has { .. } => unreachable!("answered above"),
-            Order::Moved(news) => {
+            Order::Moved(mut news) => {
+                // Who restored a container itself need not know how others call it.
+                for process in news.iter_mut().filter(|p| p.at == LOCAL) {
+                    if let Some(from) = from {
+                        process.at = SocketAddr::new(from.ip(), self.config.port()).to_string();
+                    }
+                }
                 if news.iter().any(|p| !is_plain_name(&p.container)) {
                     return Err(Refusal::Failed("a container's id with a slash or a leading dot".into()));
                 }
@@ -243,6 +262,12 @@ impl Agent {
             Order::Find { links } => Ok(Answer::Found(self.find(&links))),
             Order::Claim { containers, port } => self.claim(id, from, port, &containers),
             Order::Relay { container, vpid, request } => self.relay(id, &container, vpid, request),
+            Order::Park { containers, generation, secret, seconds } => {
+                self.park(id, &containers, generation, secret, seconds)
+            }
+            Order::Unpark { containers, port, generation, secret } => {
+                self.unpark(id, from, port, &containers, generation, &secret)
+            }
             Order::Release { committed } => Ok(self.release(id, committed)),
             order => engine::dest::obey(self, from, id, order),
         }

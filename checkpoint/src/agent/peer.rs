@@ -13,6 +13,7 @@ use rdma_virt::id::{MigrationId, PQpn};
 use rdma_virt::msg::{Reply, Request, Scope};
 use rdma_virt::saved::{ProcessState, QpPhase};
 
+use super::parking::Parked;
 use super::shims::ShimError;
 use super::{Agent, LOCAL, facts, lock};
 use crate::net::msg::{Answer, End, FarEnd, Fate, Link, Order, Refusal};
@@ -30,10 +31,12 @@ pub struct Claim {
     pub heard: Instant,
     /// When it last asked for something itself, not counting answers to our questions.
     pub since: Instant,
+    /// It waits for an image to be restored.
+    pub parked: Option<Parked>,
 }
 
 impl Agent {
-    fn answer_time(&self) -> Duration {
+    pub(super) fn answer_time(&self) -> Duration {
         Duration::from_secs(self.config.deadlines.answer)
     }
 
@@ -88,9 +91,13 @@ impl Agent {
         {
             return Err(Refusal::Busy { container: id.clone(), by: claim.migration });
         }
+        if let Some(id) = containers.iter().find(|id| claims.get(*id).is_some_and(|c| c.parked.is_some())) {
+            return Err(Refusal::Failed(format!("container {id} waits for an image of that container already")));
+        }
         let now = Instant::now();
         for id in containers {
-            claims.insert(id.clone(), Claim { migration, source: source.clone(), heard: now, since: now });
+            claims
+                .insert(id.clone(), Claim { migration, source: source.clone(), heard: now, since: now, parked: None });
         }
         Ok(Answer::Done)
     }
@@ -102,7 +109,7 @@ impl Agent {
             Some(claim) if claim.migration != migration => Err(claim.migration),
             _ => {
                 let now = Instant::now();
-                let claim = Claim { migration, source: LOCAL.into(), heard: now, since: now };
+                let claim = Claim { migration, source: LOCAL.into(), heard: now, since: now, parked: None };
                 claims.insert(container.into(), claim);
                 Ok(())
             }
@@ -112,12 +119,13 @@ impl Agent {
     /// The container that just arrived here is still held by its migration.
     pub fn take_over(&self, migration: MigrationId, container: &str, source: &str) {
         let now = Instant::now();
-        lock(&self.claims).insert(container.into(), Claim { migration, source: source.into(), heard: now, since: now });
+        lock(&self.claims)
+            .insert(container.into(), Claim { migration, source: source.into(), heard: now, since: now, parked: None });
     }
 
-    /// Forgets the migration without a word to shims.
+    /// Forgets the migration without a word to shims. Peers that wait for an image of it go on waiting.
     pub fn let_go_of(&self, migration: MigrationId) {
-        lock(&self.claims).retain(|_, claim| claim.migration != migration);
+        lock(&self.claims).retain(|_, claim| claim.migration != migration || claim.parked.is_some());
     }
 
     /// Answers [`Order::Relay`].
@@ -128,7 +136,7 @@ impl Agent {
         vpid: rdma_virt::id::Vpid,
         request: Request,
     ) -> Result<Answer, Refusal> {
-        self.check_claim(migration, container)?;
+        self.check_claim(migration, container, &request)?;
         let peers_only = matches!(
             request,
             Request::Prepare { .. }
@@ -138,6 +146,7 @@ impl Agent {
                 | Request::Switch { .. }
                 | Request::Resume
                 | Request::Abort
+                | Request::Unprepare
         );
         if !peers_only {
             return Err(Refusal::Failed(format!(
@@ -158,9 +167,10 @@ impl Agent {
         }
     }
 
-    fn check_claim(&self, migration: MigrationId, container: &str) -> Result<(), Refusal> {
+    fn check_claim(&self, migration: MigrationId, container: &str, request: &Request) -> Result<(), Refusal> {
         match lock(&self.claims).get_mut(container) {
             Some(claim) if claim.migration == migration => {
+                Self::check_parked(container, claim, request)?;
                 claim.heard = Instant::now();
                 claim.since = claim.heard;
                 Ok(())
@@ -173,6 +183,9 @@ impl Agent {
     /// Answers [`Order::Release`]. All shims of the containers are told to abort when nothing was committed; a shim
     /// that cannot be told any more has ended, and its QPs with it.
     pub fn release(&self, migration: MigrationId, committed: bool) -> Answer {
+        if !committed && self.wait_again(migration) {
+            return Answer::Done;
+        }
         let mine: Vec<String> = lock(&self.claims)
             .iter()
             .filter(|(_, claim)| claim.migration == migration)
@@ -187,7 +200,13 @@ impl Agent {
                 }
             }
         }
-        lock(&self.claims).retain(|_, claim| claim.migration != migration);
+        let mut claims = lock(&self.claims);
+        let parked = claims.values().any(|claim| claim.migration == migration && claim.parked.is_some());
+        claims.retain(|_, claim| claim.migration != migration);
+        drop(claims);
+        if parked {
+            self.stop_waiting(migration);
+        }
         Answer::Done
     }
 
@@ -196,6 +215,7 @@ impl Agent {
         let quiet: Vec<(String, Claim)> = lock(&self.claims)
             .iter()
             .filter(|(_, claim)| claim.heard.elapsed() > QUIET)
+            .filter(|(_, claim)| claim.parked.as_ref().is_none_or(Parked::is_taken))
             .map(|(id, claim)| (id.clone(), claim.clone()))
             .collect();
         for (container, claim) in quiet {

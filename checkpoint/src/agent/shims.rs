@@ -50,6 +50,7 @@ pub fn verb(request: &Request) -> &'static str {
         Request::Switch { .. } => "switch",
         Request::Resume => "resume",
         Request::Abort => "abort",
+        Request::Unprepare => "drop its second QPs",
     }
 }
 

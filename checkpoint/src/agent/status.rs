@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Agent, lock, procs};
 use crate::net::msg::HostFacts;
-use crate::record::{Record, State};
+use crate::record::{Kind, Record, State};
 
 /// Everything an administrator may want to know of one host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -23,6 +23,9 @@ pub struct Status {
     pub held: Vec<(String, String)>,
     /// Migrations to this host, in words.
     pub arriving: Vec<String>,
+    /// Containers that were pre-dumped here, in words.
+    #[serde(default)]
+    pub sessions: Vec<String>,
     /// Migrations from this host that are not finished, and the last ones that are.
     pub migrations: Vec<Migration>,
 }
@@ -110,11 +113,26 @@ impl Agent {
                 })
                 .collect(),
             containers: self.container_list(&reports),
-            held: lock(&self.claims).iter().map(|(id, c)| (id.clone(), c.migration.to_string())).collect(),
+            held: lock(&self.claims)
+                .iter()
+                .map(|(id, c)| {
+                    let waits = c.parked.as_ref().filter(|p| !p.is_taken());
+                    let waits = waits.map(|p| format!(", waits {} s for its image", p.left().as_secs()));
+                    (id.clone(), format!("{}{}", c.migration, waits.unwrap_or_default()))
+                })
+                .collect(),
+            sessions: self.sessions.list(),
             arriving: self.desk.list(),
             migrations: records
                 .into_iter()
-                .map(|r| Migration { id: r.id, container: r.container, to: r.to, state: r.state, why: r.why })
+                .map(|r| {
+                    let to = match r.kind {
+                        Kind::Migration => r.to,
+                        Kind::Checkpoint => "an image".into(),
+                        Kind::Restore => "this host from an image".into(),
+                    };
+                    Migration { id: r.id, container: r.container, to, state: r.state, why: r.why }
+                })
                 .collect(),
         }
     }

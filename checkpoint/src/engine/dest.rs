@@ -28,6 +28,7 @@ use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::landing::Landing;
 use super::memory::Memory;
 use super::newcomers::{adopt, alive};
+use super::revive::{self, ByHand};
 use super::store::{Store, StoreError};
 use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
@@ -40,7 +41,7 @@ const QUIET: Duration = Duration::from_secs(20);
 const INCUBATOR: &str = "incubator.sock";
 
 /// How far a migration has come here.
-enum State {
+pub(super) enum State {
     /// Objects are made, memory, rounds of pre-copy and at last the image arrive, in any order.
     Gathering {
         nursery: Option<Box<dyn Nursery>>,
@@ -78,30 +79,48 @@ impl State {
 }
 
 /// One migration to this host.
-struct Arrival {
+pub(super) struct Arrival {
     /// `host:port` of the source's agent.
-    source: String,
+    pub source: String,
     offer: Offer,
     states: Vec<ProcessState>,
     /// What the restored processes make by themselves; empty where an incubator does it.
     rebuild: super::rebuild::Here,
-    state: State,
+    pub state: State,
     /// The bundle that comes along.
     landing: Option<Landing>,
     /// Registered memory that comes along.
     memory: Option<Memory>,
     /// When the source last said something, or answered.
-    heard: Instant,
+    pub heard: Instant,
+    /// It comes from files.
+    pub by_hand: Option<ByHand>,
+}
+
+impl Arrival {
+    pub fn new(source: String, offer: Offer) -> Self {
+        Arrival {
+            source,
+            offer,
+            states: Vec::new(),
+            rebuild: Default::default(),
+            state: State::Gathering { nursery: None, store: None },
+            landing: None,
+            memory: None,
+            heard: Instant::now(),
+            by_hand: None,
+        }
+    }
 }
 
 /// All migrations to this host.
 #[derive(Default)]
-pub struct Desk(Mutex<HashMap<MigrationId, Entry>>);
+pub struct Desk(pub(super) Mutex<HashMap<MigrationId, Entry>>);
 
 #[derive(Clone)]
-struct Entry {
-    container: String,
-    arrival: Arc<Mutex<Arrival>>,
+pub(super) struct Entry {
+    pub container: String,
+    pub arrival: Arc<Mutex<Arrival>>,
 }
 
 impl std::fmt::Debug for Desk {
@@ -116,6 +135,7 @@ impl Desk {
         lock(&self.0)
             .iter()
             .map(|(id, entry)| match entry.arrival.try_lock() {
+                Ok(a) if a.partial().is_some() => revive::in_words(&entry.container, &a),
                 Ok(a) => format!("{} from {} ({id}): {}", entry.container, a.source, a.state.name()),
                 Err(_) => format!("{} ({id}): busy", entry.container),
             })
@@ -176,16 +196,7 @@ fn consider(
     if problems.is_empty() && !dry_run {
         let source = SocketAddr::new(from.ip(), offer.from_port).to_string();
         let container = offer.container.clone();
-        let arrival = Arrival {
-            source,
-            offer,
-            states: Vec::new(),
-            rebuild: Default::default(),
-            state: State::Gathering { nursery: None, store: None },
-            landing: None,
-            memory: None,
-            heard: Instant::now(),
-        };
+        let arrival = Arrival::new(source, offer);
         lock(&agent.desk.0).insert(id, Entry { container, arrival: Arc::new(Mutex::new(arrival)) });
     }
     Ok(Answer::Offered { problems })
@@ -379,7 +390,11 @@ impl Arrival {
             incubator: nursery.is_some().then(|| agent.doors.of(container).join(INCUBATOR)),
             deadline: Duration::from_secs(agent.config.deadlines.restore),
         };
-        let held = agent.host.restore(&job).map_err(|e| format!("restoring the container: {e}"));
+        let held = match &self.by_hand {
+            Some(ByHand::Restore(clerk)) => super::by_hand::restore(clerk, &job),
+            _ => agent.host.restore(&job),
+        };
+        let held = held.map_err(|e| format!("restoring the container: {e}"));
         let missing = match (nursery, &held) {
             (Some(nursery), Ok(_)) => nursery.disarm().and_then(|()| nursery.missing()),
             (Some(nursery), Err(_)) => nursery.disarm().map(|()| Vec::new()),
@@ -605,6 +620,11 @@ pub fn look_after(agent: &Agent) {
     for (id, entry) in entries {
         // A migration in the middle of a step is not quiet.
         let Ok(arrival) = entry.arrival.try_lock() else { continue };
+        if arrival.partial().is_some() {
+            drop(arrival);
+            revive::look_after(agent, id, &entry);
+            continue;
+        }
         if arrival.heard.elapsed() < QUIET || matches!(arrival.state, State::Running { keys: Some(_), .. }) {
             continue;
         }

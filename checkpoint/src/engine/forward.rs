@@ -56,22 +56,9 @@ impl Run<'_> {
             lease: self.lease,
             hand_over: self.hand_over,
         };
-        self.record.plan =
-            serde_json::to_value(forward).map_err(|e| Stop::Failed(format!("the plan cannot be written down: {e}")))?;
-        self.record.peers = self.plan.peer_containers();
-        self.record.state = State::Committed;
-        self.cancel.seal().map_err(Stop::Failed)?;
         self.world.host().gone_to(&self.request.container, Some(&self.to));
         self.effects.dumped = true;
-        if let Err(e) = self.world.records().write(&self.record) {
-            // Did it reach the disk or not? What a reader finds decides, here as everywhere.
-            let found = self.world.records().read(self.id).ok().flatten();
-            if found.is_none_or(|r| r.state != State::Committed) {
-                self.record.state = State::Started;
-                return Err(Stop::Failed(crate::agent::chain(&e)));
-            }
-        }
-        self.effects.committed = true;
+        self.decide(&forward)?;
 
         // Our tasks stand still in their cgroup and end there; nobody else need wait for that.
         let dump = self.effects.dump.take();
@@ -95,6 +82,25 @@ impl Run<'_> {
             Some(Err(_)) | None => {}
         }
         self.kill_what_is_left();
+    }
+
+    /// Writes the record that decides, with what has to be known to go on from it.
+    pub(super) fn decide(&mut self, plan: &impl Serialize) -> Result<(), Stop> {
+        self.record.plan =
+            serde_json::to_value(plan).map_err(|e| Stop::Failed(format!("the plan cannot be written down: {e}")))?;
+        self.record.peers = self.plan.peer_containers();
+        self.record.state = State::Committed;
+        self.cancel.seal().map_err(Stop::Failed)?;
+        if let Err(e) = self.world.records().write(&self.record) {
+            // Did it reach the disk or not? What a reader finds decides, here as everywhere.
+            let found = self.world.records().read(self.id).ok().flatten();
+            if found.is_none_or(|r| r.state != State::Committed) {
+                self.record.state = State::Started;
+                return Err(Stop::Failed(crate::agent::chain(&e)));
+            }
+        }
+        self.effects.committed = true;
+        Ok(())
     }
 
     pub(super) fn tell_destination(&mut self) -> Result<(), Stop> {

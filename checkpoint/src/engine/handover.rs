@@ -63,10 +63,14 @@ impl Run<'_> {
             let image = self.rdma_image();
             image::write(&images, &image).map_err(|e| Stop::Failed(crate::agent::chain(&e)))?;
         }
+        self.hold_dump(DumpJob { images, work, parent: precopy::parent(self.rounds) })
+    }
+
+    /// Has CRIU dump up to its last gate.
+    pub(super) fn hold_dump(&mut self, job: DumpJob) -> Result<(), Stop> {
         let (reached_tx, reached) = channel();
         let (verdict, verdict_rx) = sync_channel::<Verdict>(1);
         let (host, container) = (self.world.host(), self.container()?.clone());
-        let job = DumpJob { images, work, parent: precopy::parent(self.rounds) };
         let run = move || {
             let mut gate = || {
                 let _ = reached_tx.send(());
@@ -101,7 +105,7 @@ impl Run<'_> {
         }
     }
 
-    fn rdma_image(&self) -> RdmaImage {
+    pub(super) fn rdma_image(&self) -> RdmaImage {
         RdmaImage {
             generation: 1,
             secret: Secret(secret()),
@@ -129,6 +133,7 @@ impl Run<'_> {
                     host_pid: self.pids.get(&s.vpid).copied().unwrap_or_default(),
                 })
                 .collect(),
+            session: None,
         }
     }
 

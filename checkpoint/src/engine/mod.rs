@@ -46,10 +46,13 @@
 //! | [`forward`] | commit and everything after it |
 //! | [`rebuild`] | objects that the moved processes make by themselves |
 //! | [`dest`] | the receiving side: one state machine per migration |
+//! | [`park`], [`revive`] | by command instead: to disk, and from there |
+//! | [`by_hand`] | the command that runs CRIU in these, as the engine's host |
 //! | `newcomers` | which restored processes still exist, and questions to their shims |
 //! | [`store`] | where an arriving image is put |
 //! | [`recover`] | what an agent does about migrations it finds when it starts |
 
+pub mod by_hand;
 pub mod check;
 mod copy;
 pub mod dest;
@@ -65,12 +68,14 @@ pub mod negotiate;
 mod newcomers;
 mod nursery;
 pub(crate) mod pages;
+pub mod park;
 pub mod plan;
 mod precopy;
 pub mod quiet;
 pub mod rebuild;
 pub mod recover;
 pub(crate) mod regmem;
+pub mod revive;
 pub mod setup;
 mod shipping;
 pub mod source;

@@ -17,14 +17,28 @@ use crate::net::msg::{Answer, FarEnd, Offer, OfferedProcess, Order};
 
 impl Run<'_> {
     pub(super) fn negotiate(&mut self) -> Result<(), Stop> {
-        let name = self.request.container.clone();
         let mut reasons = Vec::new();
-        let container = self.world.host().container(&name).map_err(|e| Stop::Refused(vec![e.to_string()]))?;
+        let name = &self.request.container;
+        self.world.host().container(name).map_err(|e| Stop::Refused(vec![e.to_string()]))?;
         let destination = self.world.destination(&self.request.to);
         match &destination {
             Ok(at) => (self.to, self.record.to) = (at.clone(), at.clone()),
             Err(why) => reasons.push(why.clone()),
         }
+        reasons.extend(self.look_around()?);
+        if destination.is_ok() {
+            let paused = self.container()?.paused;
+            reasons.extend(self.offer(paused)?);
+        }
+        if reasons.is_empty() { Ok(()) } else { Err(Stop::Refused(reasons)) }
+    }
+
+    /// Holds the container, asks its processes what they have, and finds and holds everybody they are connected to.
+    /// What speaks against a move, wherever to.
+    pub(super) fn look_around(&mut self) -> Result<Vec<String>, Stop> {
+        let name = self.request.container.clone();
+        let mut reasons = Vec::new();
+        let container = self.world.host().container(&name).map_err(|e| Stop::Refused(vec![e.to_string()]))?;
         self.world.hold(self.id, &name).map_err(|by| {
             let text = format!("container {name} takes part in {by} already");
             Stop::Busy { by, text }
@@ -42,10 +56,7 @@ impl Run<'_> {
             reasons.extend(self.choose_hand_over());
         }
         reasons.extend(self.find_peers()?);
-        if destination.is_ok() {
-            reasons.extend(self.offer(paused)?);
-        }
-        if reasons.is_empty() { Ok(()) } else { Err(Stop::Refused(reasons)) }
+        Ok(reasons)
     }
 
     /// A container that somebody paused first runs while it is asked and drained; it is frozen again before the dump.
@@ -255,7 +266,7 @@ pub(super) fn speak_against(processes: &[Process], shims: &[i32]) -> Vec<String>
     reasons
 }
 
-fn offered(state: &ProcessState) -> OfferedProcess {
+pub(super) fn offered(state: &ProcessState) -> OfferedProcess {
     OfferedProcess {
         vpid: state.vpid,
         comm: state.comm.clone(),

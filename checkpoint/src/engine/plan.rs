@@ -160,6 +160,21 @@ impl Plan {
         }
     }
 
+    /// As somebody else begins with it: nothing is made or connected yet.
+    pub fn bare(&self) -> Plan {
+        let link = |l: &PlannedLink| PlannedLink { second: None, connected_to: None, ..l.clone() };
+        Plan { links: self.links.iter().map(link).collect(), ..Plan::default() }
+    }
+
+    /// Names the peers' agents as they are called from another host.
+    pub fn relocate(&mut self, agent_of: impl Fn(PGid) -> String) {
+        for link in &mut self.links {
+            if let Far::Peer(peer) = &mut link.far {
+                peer.agent = agent_of(link.remote.pgid);
+            }
+        }
+    }
+
     /// How the link looks to the host of its far end.
     pub fn question(&self, at: usize) -> Link {
         let l = &self.links[at];

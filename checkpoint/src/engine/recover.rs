@@ -17,7 +17,7 @@ use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
 use crate::agent::{Agent, LOCAL, chain, lock};
 use crate::net::msg::{Fate, Order};
-use crate::record::{Record, State};
+use crate::record::{Kind, Record, State};
 
 /// Answers [`Order::Fate`]. No record means that it never committed.
 pub fn fate(agent: &Agent, id: MigrationId) -> Fate {
@@ -31,7 +31,7 @@ pub fn fate(agent: &Agent, id: MigrationId) -> Fate {
     };
     if committed {
         Fate::Committed
-    } else if lock(&agent.running).contains_key(&id) {
+    } else if lock(&agent.running).contains_key(&id) || agent.sessions.has(id) {
         Fate::Undecided
     } else {
         Fate::Aborted
@@ -54,7 +54,11 @@ pub fn run(agent: &Arc<Agent>) {
     for record in records {
         let work: fn(&Arc<Agent>, Record) = match record.state {
             State::Started => undo,
-            State::Committed => finish,
+            State::Committed => match record.kind {
+                Kind::Migration => finish,
+                Kind::Checkpoint => super::park::finish_parked,
+                Kind::Restore => super::revive::give_up,
+            },
             State::Finished | State::Aborted => continue,
         };
         let Some(id) = record.id() else { continue };
@@ -88,7 +92,10 @@ fn undo(agent: &Arc<Agent>, mut record: Record) {
             eprintln!("{id}: {}", chain(&e));
         }
     };
-    if let Ok(container) = agent.host.container(&record.container) {
+    // What a restore that was not decided had brought has ended with the command that held it.
+    if record.kind != Kind::Restore
+        && let Ok(container) = agent.host.container(&record.container)
+    {
         let report = |what: &str, e: &dyn std::fmt::Display| eprintln!("{id}: {what}: {e}");
         match agent.host.wire(&container.bundle, Some(container.init)) {
             Ok(Some(mut wire)) => {

@@ -31,6 +31,11 @@ impl Run<'_> {
             // The NIC over there holds what is registered from now on, so it has to be there.
             self.memory_round(Phase::PreSetup)?;
         }
+        self.make_and_connect()
+    }
+
+    /// The objects of the states at hand, and second QPs beside everything they are connected to.
+    pub(super) fn make_and_connect(&mut self) -> Result<(), Stop> {
         self.prepare()?;
         if self.hand_over == HandOver::Adopt {
             self.incubate()?;

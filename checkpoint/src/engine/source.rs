@@ -36,7 +36,7 @@ use crate::record::{Record, State};
 use crate::timeline::{Summary, Timeline};
 
 /// A migration that meets another one tries again this often.
-const TRIES: u32 = 20;
+pub(super) const TRIES: u32 = 20;
 
 /// Why the list of phases ended early.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -259,14 +259,17 @@ impl<'a> Run<'a> {
     /// The whole attempt. Postcondition: the container runs at exactly one place, here unless the record says
     /// committed.
     pub fn run(mut self) -> End {
-        let stop = match self.phases() {
-            Ok(()) if self.request.dry_run => {
-                self.undo("dry run");
-                return End::Possible;
-            }
-            Ok(()) => return End::Done(self.summary()),
-            Err(stop) => stop,
-        };
+        let ended = self.phases();
+        if ended.is_ok() && self.request.dry_run {
+            self.undo("dry run");
+            return End::Possible;
+        }
+        self.end(ended)
+    }
+
+    /// What became of an attempt, whose effects are undone if it was not decided.
+    pub(super) fn end(&mut self, ended: Result<(), Stop>) -> End {
+        let Err(stop) = ended else { return End::Done(self.summary()) };
         let phase = self.timeline.current().unwrap_or(Phase::Negotiate);
         if self.effects.committed {
             return End::Unfinished { phase, why: stop.to_string() };
@@ -329,7 +332,7 @@ impl<'a> Run<'a> {
     }
 
     /// Brackets one phase: told, timed, and not begun when somebody wants to stop.
-    fn phase(&mut self, phase: Phase, run: fn(&mut Self) -> Result<(), Stop>) -> Result<(), Stop> {
+    pub(super) fn phase(&mut self, phase: Phase, run: impl FnOnce(&mut Self) -> Result<(), Stop>) -> Result<(), Stop> {
         self.wanted()?;
         self.timeline.enter(phase);
         self.progress.event(Event::Enter { phase });
@@ -340,7 +343,7 @@ impl<'a> Run<'a> {
     }
 
     /// Undoes everything, whatever that is; goes on when a step fails. Returns what could not be undone.
-    fn undo(&mut self, why: &str) -> Vec<String> {
+    pub(super) fn undo(&mut self, why: &str) -> Vec<String> {
         let mut left = Vec::new();
         let effects = std::mem::take(&mut self.effects);
         let host = self.world.host();

@@ -56,6 +56,8 @@ const MOST_ROUNDS: u32 = 1000;
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
+    /// Somebody else's: it is complete, and stays.
+    given: bool,
     /// Where the files that arrive now go.
     at: PathBuf,
     /// Rounds of pre-copy that arrived.
@@ -81,10 +83,18 @@ impl Store {
         }
         let limit = expected.saturating_mul(2).saturating_add(SLACK);
         let at = dir.join("images");
-        Ok(Store { dir, at, rounds: 0, open: None, files: 0, left: limit, limit })
+        Ok(Store { dir, given: false, at, rounds: 0, open: None, files: 0, left: limit, limit })
+    }
+
+    /// An image that an administrator gave; it lies there as a whole.
+    pub fn given(images: PathBuf) -> Self {
+        Store { at: images.clone(), dir: images, given: true, rounds: 0, open: None, files: 0, left: 0, limit: 0 }
     }
 
     pub fn images(&self) -> PathBuf {
+        if self.given {
+            return self.dir.clone();
+        }
         self.dir.join("images")
     }
 
@@ -191,8 +201,11 @@ impl Store {
         Ok(())
     }
 
-    /// Removes everything.
+    /// Removes everything that arrived.
     pub fn remove(self) -> Result<(), StoreError> {
+        if self.given {
+            return Ok(());
+        }
         fs::remove_dir_all(&self.dir).map_err(|source| StoreError::Write { path: self.dir, source })
     }
 }

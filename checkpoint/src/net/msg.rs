@@ -15,10 +15,10 @@ use rdma_virt::saved::{Build, ProcessState, Remote};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-use crate::image::HandOver;
+use crate::image::{HandOver, Secret};
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -82,6 +82,13 @@ pub enum Order {
     /// The migration is over for your containers. Before commit (`committed` false) their shims are told to abort.
     /// → [`Answer::Done`]
     Release { committed: bool },
+    /// The far end of these containers' QPs lies on disk now. They stay suspended until whoever restores the image has
+    /// shown that it is this one, at most so many seconds; then they go on as if its host had died. Repetition is
+    /// harmless. → [`Answer::Done`]
+    Park { containers: Vec<String>, generation: u64, secret: Secret, seconds: u64 },
+    /// The caller restores the image; from now on it asks for what a source asks. Once, and only for the newest image.
+    /// `port` as in [`Order::Claim`]. → [`Answer::Done`]
+    Unpark { containers: Vec<String>, port: u16, generation: u64, secret: Secret },
 
     // ---- the destination -------------------------------------------------------------------------------------------
     /// Could you take this container? With `dry_run` nothing is kept. → [`Answer::Offered`]
@@ -149,6 +156,8 @@ impl Order {
             Order::Claim { .. } => "claim",
             Order::Relay { .. } => "relay",
             Order::Release { .. } => "release",
+            Order::Park { .. } => "park",
+            Order::Unpark { .. } => "unpark",
             Order::Offer { .. } => "offer",
             Order::Incubate { .. } => "incubate",
             Order::Join { .. } => "join",

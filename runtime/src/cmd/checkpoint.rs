@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use checkpoint::criu::rpc::{Criu_cg_mode, Criu_network_lock_method};
 
+use crate::by_agent;
 use crate::cli::{CgroupsMode, Checkpoint, CriuFlags, Global, NetworkLock};
 use crate::criu_plan::Common;
 use crate::dump::{self, DumpOptions};
@@ -27,6 +28,16 @@ pub fn run(args: Checkpoint, global: &Global) -> Result<i32> {
         page_server: args.page_server.as_deref().map(page_server).transpose()?,
         common: common(&args.criu, images, global)?,
     };
+    if handle.sidecar.shim.is_some() {
+        let root = super::root(global);
+        if by_agent::checkpoint(root, &args.id, &options)? {
+            return Ok(0);
+        }
+        // The agent may have had it in its hands.
+        let handle = ContainerHandle::load(root, &args.id)?;
+        dump::dump(handle, &options, &mut OpenGate)?;
+        return Ok(0);
+    }
     dump::dump(handle, &options, &mut OpenGate)?;
     Ok(0)
 }

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use crate::by_agent;
 use crate::cli::{Delete, Global};
 use crate::destroy;
 use crate::store::{self, ContainerHandle};
@@ -10,6 +11,9 @@ pub fn run(args: &Delete, global: &Global) -> Result<i32> {
     let root = super::root(global);
     store::validate_id(&args.id)?;
     let dir = root.join(&args.id);
+    if !dir.exists() && by_agent::drop_partial(&args.id) {
+        return Ok(0);
+    }
     if args.force && !dir.exists() {
         // Engines delete what may be gone already.
         return Ok(0);

@@ -1,12 +1,14 @@
 //! `restore`: flags to [`restore::RestoreOptions`], then wait unless detached.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::by_agent::{self, How};
 use crate::cli::{Global, Restore};
-use crate::gate::OpenGate;
-use crate::restore::{self, RestoreOptions};
+use crate::monitor::RestoreOrder;
+use crate::restore::RestoreOptions;
 use crate::store::ContainerHandle;
 use crate::{destroy, foreground};
 
@@ -27,8 +29,15 @@ pub fn run(args: Restore, global: &Global) -> Result<i32> {
     options.tcp_close = args.tcp_close;
     options.lsm_profile = args.lsm_profile.clone();
     options.lsm_mount_context = args.lsm_mount_context.clone();
+    let images = options.common.image_path.clone();
     if args.partial {
-        return restore::restore_partial(&options).map(|()| 0);
+        crate::store::validate_id(&args.id)?;
+        return by_agent::partial(&args.id, &images, &bundle).map(|()| 0);
+    }
+    if args.supervise {
+        let order = order(&options, &images, &absolute(bundle.clone())?)?;
+        by_agent::restore(&args.id, &images, &bundle, How::Monitor(Box::new(order)))?;
+        return Ok(0);
     }
     // Blocked before there is a child, so that its end is never missed.
     let signals = match args.detach {
@@ -40,7 +49,7 @@ pub fn run(args: Restore, global: &Global) -> Result<i32> {
             Some(foreground::block_signals()?)
         }
     };
-    let restored = restore::restore(options, &mut OpenGate)?;
+    let restored = by_agent::restore(&args.id, &images, &bundle, How::Here(Box::new(options)))?;
     let Some(signals) = signals else {
         return Ok(0);
     };
@@ -49,4 +58,29 @@ pub fn run(args: Restore, global: &Global) -> Result<i32> {
         destroy::delete(handle, true)?;
     }
     Ok(status)
+}
+
+/// The same for a monitor, which takes what a container without a terminal needs.
+fn order(options: &RestoreOptions, images: &Path, bundle: &Path) -> Result<RestoreOrder> {
+    let absolute = |path: &Path| std::path::absolute(path).context("no current directory");
+    let common = &options.common;
+    Ok(RestoreOrder {
+        root: absolute(&options.root)?,
+        id: options.id.clone(),
+        bundle: bundle.to_owned(),
+        image_path: images.to_owned(),
+        work_path: common.work_path.as_deref().map(absolute).transpose()?,
+        systemd_cgroup: options.systemd_cgroup,
+        tcp_established: common.tcp_established,
+        file_locks: common.file_locks,
+        ext_unix_sk: common.ext_unix_sk,
+        skip_network_lock: false,
+        skip_create_hooks: false,
+        criu: Some(common.criu.clone()),
+        plugin_dir: None,
+        plugin_env: BTreeMap::new(),
+        hold: false,
+        deadline_s: Some(common.deadline.as_secs()),
+        pid_file: options.pid_file.as_deref().map(absolute).transpose()?,
+    })
 }

@@ -37,6 +37,9 @@ fn show(status: &Status) {
     for arrival in &status.arriving {
         println!("arriving: {arrival}");
     }
+    for session in &status.sessions {
+        println!("{session}");
+    }
     for m in &status.migrations {
         let state = serde_json::to_value(m.state).ok();
         let state = state.as_ref().and_then(|s| s.as_str()).unwrap_or("?");

@@ -59,6 +59,20 @@ pub fn connect(migration: &mut Migration, links: &[Connect]) -> Result<Reply, Re
     Ok(Reply::Done)
 }
 
+/// Destroys second QPs that nobody will use: whoever asked for them gave up, or will ask for others. The rest of the
+/// migration stays.
+pub fn unprepare(migration: &mut Migration) -> Result<Reply, Refused> {
+    if migration.switched {
+        return Err(Refused::new("the second QPs are in use"));
+    }
+    let _alone = alone()?;
+    for qp in migration.seconds.drain(..).filter(|q| !q.is_dead()) {
+        qp.drop_second();
+    }
+    migration.connected.clear();
+    Ok(Reply::Done)
+}
+
 /// Changes over to the second QPs: the peer's way past the commit. For a QP of the moving process itself (its remote
 /// end moved with it and was connected by the destination) only the remote keys are new.
 pub fn switch(migration: &mut Migration, links: &[SwitchLink], tables: &[KeyTable]) -> Result<Reply, Refused> {

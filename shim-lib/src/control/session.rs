@@ -174,6 +174,10 @@ impl Session {
 
     fn in_migration(&mut self, id: MigrationId, request: Request, conn: &Conn) -> Result<Reply, Refused> {
         if matches!(request, Request::Report) {
+            // Also how the agent says that a peer which waits for long is not forgotten.
+            if let Some(current) = self.current.as_mut().filter(|m| m.id == id) {
+                current.heard = Instant::now();
+            }
             return report::process().map(|s| Reply::State(Box::new(s)));
         }
         if let Some(current) = &self.current
@@ -181,6 +185,9 @@ impl Session {
         {
             // Another one's abort has nothing to undo here.
             return Ok(if matches!(request, Request::Abort) { Reply::Done } else { Reply::Busy { by: current.id } });
+        }
+        if let Some(current) = &mut self.current {
+            current.heard = Instant::now();
         }
         match request {
             Request::Report => Err(Refused::new("answered above")),
@@ -201,6 +208,10 @@ impl Session {
             Request::Switch { links, tables } => peer::switch(self.under_way()?, &links, &tables),
             Request::Resume => self.resume(id),
             Request::Abort => self.abort(),
+            Request::Unprepare => match &mut self.current {
+                Some(migration) => peer::unprepare(migration),
+                None => Ok(Reply::Done),
+            },
         }
     }
 

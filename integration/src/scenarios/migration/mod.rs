@@ -7,6 +7,7 @@
 
 mod checkers;
 mod copies;
+mod disk;
 mod failures;
 mod memory;
 mod perftest;
@@ -29,4 +30,5 @@ pub const GROUPS: &[&[Scenario]] = &[
     rebuild::CLAIMS,
     failures::CLAIMS,
     copies::CLAIMS,
+    disk::CLAIMS,
 ];

@@ -1,0 +1,293 @@
+//! Checkpoint and restore by command: the container's runtime runs CRIU, with its own options and as the parent of what
+//! it restores, and the engine only holds it at the gates. Here is that program as the engine's [`Host`] and [`World`].
+//!
+//! The conversation: the engine says [`Event::Dump`] or [`Event::Restore`]; the program answers with [`Word`]s, and
+//! waits for [`Event::Go`] or [`Event::Refuse`] at its gate. A program that goes away has said no.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdma_virt::id::{MigrationId, PGid, Vpid};
+use rdma_virt::msg::{Reply, Request};
+use serde::{Deserialize, Serialize};
+
+use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Result, Wire};
+use super::world::{OwnShim, World};
+use crate::agent::admin::Event;
+use crate::agent::config::Config;
+use crate::agent::procs::Process;
+use crate::agent::shims::ShimError;
+use crate::agent::{Agent, LOCAL, chain};
+use crate::net::client::CallError;
+use crate::net::msg::{Answer, Lease, MovedProcess, Order};
+use crate::record::Records;
+
+/// CRIU's own deadlines are shorter; this one is for a program that hangs.
+const PATIENCE: Duration = Duration::from_secs(900);
+
+/// What the program says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Word {
+    /// The dump is complete, the tasks still exist.
+    Reached,
+    /// All is restored, nothing runs yet.
+    Restored { pid: i32 },
+    /// The restored tasks run.
+    Running,
+    /// CRIU has ended; why it failed, if it did.
+    Ended { error: Option<String> },
+}
+
+/// The program at the other end of an administrator's connection.
+pub trait Clerk: Send + Sync {
+    fn tell(&self, event: Event);
+    /// Its next word. An error says that it went away, or stayed silent for too long.
+    fn word(&self, deadline: Duration) -> std::result::Result<Word, String>;
+}
+
+fn unexpected(word: &Word) -> HostError {
+    HostError(format!("the command said {word:?} out of turn"))
+}
+
+fn ended(word: Word) -> Result<()> {
+    match word {
+        Word::Ended { error: None } => Ok(()),
+        Word::Ended { error: Some(why) } => Err(HostError(why)),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// The agent's host, but for dumps, which the program makes.
+struct HandHost {
+    host: Arc<dyn Host>,
+    clerk: Arc<dyn Clerk>,
+}
+
+impl HandHost {
+    fn word(&self) -> Result<Word> {
+        self.clerk.word(PATIENCE).map_err(HostError)
+    }
+}
+
+impl Host for HandHost {
+    fn containers(&self) -> Result<Vec<Container>> {
+        self.host.containers()
+    }
+    fn container(&self, id: &str) -> Result<Container> {
+        self.host.container(id)
+    }
+    fn freeze(&self, container: &Container) -> Result<()> {
+        self.host.freeze(container)
+    }
+    fn thaw(&self, container: &Container) -> Result<()> {
+        self.host.thaw(container)
+    }
+    fn lost(&self, container: &Container) -> Result<Vec<String>> {
+        self.host.lost(container)
+    }
+
+    fn dump(
+        &self,
+        _: &Container,
+        _: &DumpJob,
+        gate: &mut dyn FnMut() -> std::result::Result<(), String>,
+    ) -> Result<()> {
+        self.clerk.tell(Event::Dump);
+        match self.word()? {
+            Word::Reached => {}
+            early => return ended(early).and(Err(HostError("CRIU ended without asking whether it may".into()))),
+        }
+        self.clerk.tell(match gate() {
+            Ok(()) => Event::Go,
+            Err(why) => Event::Refuse { why },
+        });
+        ended(self.word()?)
+    }
+
+    fn pre_dump(&self, _: &Container, _: &PreDumpJob) -> Result<()> {
+        self.clerk.tell(Event::Dump);
+        ended(self.word()?)
+    }
+
+    fn examine(&self, id: &str, bundle: Option<&Path>) -> Vec<String> {
+        self.host.examine(id, bundle)
+    }
+    fn tools(&self) -> Vec<String> {
+        self.host.tools()
+    }
+    fn localise(&self, bundle: &Path) -> Result<()> {
+        self.host.localise(bundle)
+    }
+    fn rootfs(&self, bundle: &Path) -> Result<PathBuf> {
+        self.host.rootfs(bundle)
+    }
+    fn injected(&self, path: &Path) -> Vec<PathBuf> {
+        self.host.injected(path)
+    }
+    fn memory_files(&self, id: &str) -> Option<PathBuf> {
+        self.host.memory_files(id)
+    }
+    fn make_memory_files(&self, id: &str) -> Result<PathBuf> {
+        self.host.make_memory_files(id)
+    }
+    fn drop_memory_files(&self, id: &str) {
+        self.host.drop_memory_files(id);
+    }
+    fn incubate(&self, id: &str, bundle: &Path, socket: &Path) -> Result<Box<dyn Nursery>> {
+        self.host.incubate(id, bundle, socket)
+    }
+    fn restore(&self, job: &RestoreJob) -> Result<Box<dyn Held>> {
+        restore(&self.clerk, job)
+    }
+    fn forget(&self, container: &Container) -> Result<()> {
+        self.host.forget(container)
+    }
+    fn wire(&self, bundle: &Path, init: Option<i32>) -> Result<Option<Box<dyn Wire>>> {
+        self.host.wire(bundle, init)
+    }
+    fn gone_to(&self, id: &str, to: Option<&str>) {
+        self.host.gone_to(id, to);
+    }
+    fn criu(&self) -> Result<u32> {
+        self.host.criu()
+    }
+}
+
+/// Has the program restore up to the last gate.
+pub(super) fn restore(clerk: &Arc<dyn Clerk>, job: &RestoreJob) -> Result<Box<dyn Held>> {
+    clerk.tell(Event::Restore { incubator: job.incubator.is_some() });
+    match clerk.word(job.deadline).map_err(HostError)? {
+        Word::Restored { pid } => Ok(Box::new(HandHeld { clerk: clerk.clone(), pid, runs: false })),
+        early => {
+            Err(ended(early).err().unwrap_or_else(|| HostError("CRIU ended without asking whether it may".into())))
+        }
+    }
+}
+
+/// A container that the program has restored and holds.
+struct HandHeld {
+    clerk: Arc<dyn Clerk>,
+    pid: i32,
+    runs: bool,
+}
+
+impl Held for HandHeld {
+    fn init(&self) -> i32 {
+        self.pid
+    }
+
+    fn release(&mut self) -> Result<()> {
+        if self.runs {
+            return Ok(());
+        }
+        self.clerk.tell(Event::Go);
+        match self.clerk.word(PATIENCE).map_err(HostError)? {
+            Word::Running => {
+                self.runs = true;
+                Ok(())
+            }
+            other => Err(ended(other.clone()).err().unwrap_or_else(|| unexpected(&other))),
+        }
+    }
+
+    fn abandon(self: Box<Self>) -> Result<()> {
+        self.clerk.tell(Event::Refuse { why: "the restore was not completed".into() });
+        // It says that it failed, as it was told to; or it is gone, and CRIU with it.
+        let _ = self.clerk.word(PATIENCE);
+        Ok(())
+    }
+}
+
+/// The agent's surroundings, with the program in the place of the host's own CRIU.
+pub(super) struct ByHand<'a> {
+    agent: &'a Agent,
+    host: Arc<dyn Host>,
+    /// Agent of the host an image came from; it learns where the container went.
+    pub origin: Option<String>,
+}
+
+impl<'a> ByHand<'a> {
+    pub fn new(agent: &'a Agent, clerk: Arc<dyn Clerk>) -> Self {
+        ByHand { agent, host: Arc::new(HandHost { host: agent.host.clone(), clerk }), origin: None }
+    }
+}
+
+impl World for ByHand<'_> {
+    fn host(&self) -> Arc<dyn Host> {
+        self.host.clone()
+    }
+    fn records(&self) -> &Records {
+        &self.agent.records
+    }
+    fn config(&self) -> &Config {
+        &self.agent.config
+    }
+    fn destination(&self, to: &str) -> std::result::Result<String, String> {
+        World::destination(self.agent, to)
+    }
+    fn call(
+        &self,
+        at: &str,
+        migration: MigrationId,
+        order: Order,
+        deadline: Duration,
+    ) -> std::result::Result<Answer, CallError> {
+        self.agent.call(at, Some(migration), order, deadline)
+    }
+    fn agent_of(&self, gid: PGid) -> String {
+        self.agent.agent_of(gid)
+    }
+    fn shims(&self, container: &str) -> Vec<OwnShim> {
+        World::shims(self.agent, container)
+    }
+    fn shim(
+        &self,
+        container: &str,
+        vpid: Vpid,
+        migration: Option<MigrationId>,
+        request: Request,
+        deadline: Duration,
+    ) -> std::result::Result<Reply, ShimError> {
+        World::shim(self.agent, container, vpid, migration, request, deadline)
+    }
+    fn reconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> std::result::Result<(), Vec<Vpid>> {
+        World::reconnected(self.agent, container, vpids, deadline)
+    }
+    fn disconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> std::result::Result<(), Vec<Vpid>> {
+        World::disconnected(self.agent, container, vpids, deadline)
+    }
+    fn bump(&self, container: &str) -> io::Result<()> {
+        World::bump(self.agent, container)
+    }
+    fn processes(&self, container: &Container) -> io::Result<Vec<Process>> {
+        World::processes(self.agent, container)
+    }
+    fn hold(&self, migration: MigrationId, container: &str) -> std::result::Result<(), MigrationId> {
+        World::hold(self.agent, migration, container)
+    }
+    fn let_go(&self, migration: MigrationId) {
+        World::let_go(self.agent, migration);
+    }
+    fn lease(&self, container: &str) -> std::result::Result<Lease, String> {
+        World::lease(self.agent, container)
+    }
+
+    /// It did not leave: it came here, from wherever the image is.
+    fn left(&self, _: &str, news: &[MovedProcess]) -> std::result::Result<(), String> {
+        self.agent.moved.learn(news).map_err(|e| chain(&e))?;
+        let Some(at) = self.origin.as_ref().filter(|at| *at != LOCAL) else { return Ok(()) };
+        let seldom = Duration::from_secs(5);
+        match self.agent.client.call(
+            at,
+            Some(MigrationId(super::forward::random())),
+            Order::Moved(news.to_vec()),
+            seldom,
+        ) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(format!("the host it came from: {}", chain(&e))),
+        }
+    }
+}

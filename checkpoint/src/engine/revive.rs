@@ -1,0 +1,447 @@
+//! From disk: restores a container with RDMA by command. This host is destination and coordinator at once: it shows the
+//! peers that it has their image, makes and connects the objects, has the command restore up to the last gate, and
+//! decides. Everything is done by the phases of a migration whose other end is this same agent.
+//!
+//! A *partial restore* does the first half while the container still runs where the image came from: its objects are
+//! made, and connected to the peers' second QPs. It waits for its restore, which only makes the differences, and is
+//! dropped by command, with the source's session, or when its time is over.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rdma_virt::id::MigrationId;
+use rdma_virt::msg::Request;
+use serde::{Deserialize, Serialize};
+
+use super::by_hand::{ByHand as Surroundings, Clerk};
+use super::dest::{Arrival, Entry};
+use super::forward::Forward;
+use super::negotiate::offered;
+use super::park::local_request;
+use super::plan::{PeerProcess, Plan};
+use super::source::{End, Run, Stop, confused};
+use super::store::Store;
+use super::world::World;
+use super::{Cancel, Progress, check, dest};
+use crate::agent::admin::Event;
+use crate::agent::{Agent, LOCAL, chain, is_plain_name, lock};
+use crate::image::{self, RdmaImage};
+use crate::net::msg::{Answer, Fate, Lease, Offer, Order};
+use crate::phase::Phase;
+use crate::record::{Kind, Record, State};
+
+/// A source of a partial restore is asked this often whether there will be a checkpoint.
+const ASK: Duration = Duration::from_secs(20);
+
+/// What an administrator asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreRequest {
+    pub container: String,
+    /// Both absolute.
+    pub images: PathBuf,
+    pub bundle: PathBuf,
+}
+
+/// How a container that comes from files differs from one that another host sends.
+pub(super) enum ByHand {
+    /// Its objects are made; there is nothing to restore yet.
+    Partial { plan: Plan, until: Instant },
+    /// The command restores it.
+    Restore(Arc<dyn Clerk>),
+}
+
+impl Arrival {
+    /// Until when the partial restore waits, if it is one.
+    pub fn partial(&self) -> Option<(&Plan, Instant)> {
+        match &self.by_hand {
+            Some(ByHand::Partial { plan, until }) => Some((plan, *until)),
+            _ => None,
+        }
+    }
+}
+
+/// For the status.
+pub(super) fn in_words(container: &str, arrival: &Arrival) -> String {
+    let Some((plan, until)) = arrival.partial() else { return container.into() };
+    let left = until.saturating_duration_since(Instant::now()).as_secs();
+    let (made, connected) = (plan.born.len(), plan.links.iter().filter(|l| l.connected_to.is_some()).count());
+    format!(
+        "{container}: partial restore of an image of {}, {made} QPs made, {connected} connected, {left} s left",
+        arrival.source
+    )
+}
+
+/// An image that can be worked with.
+struct Found {
+    image: RdmaImage,
+    id: MigrationId,
+    /// Address of the agent of the host it came from.
+    origin: String,
+    whole: bool,
+    lease: Lease,
+    plan: Plan,
+}
+
+fn look(agent: &Agent, request: &RestoreRequest) -> Result<Found, String> {
+    let images = request.images.display();
+    if !is_plain_name(&request.container) {
+        return Err(format!("{:?} is no container id", request.container));
+    }
+    let mut image = image::read(&request.images)
+        .map_err(|e| format!("{images}: {}", chain(&e)))?
+        .ok_or_else(|| format!("{images} holds no RDMA image ({} is missing)", image::FILE))?;
+    let session = image.session.take().ok_or_else(|| {
+        format!("{images} is the image of a migration, which only its source can go on with; take a checkpoint")
+    })?;
+    let mut plan: Plan =
+        serde_json::from_slice(&session.plan).map_err(|e| format!("{} of {images}: its plan: {e}", image::FILE))?;
+    plan = plan.bare();
+    plan.relocate(|gid| agent.agent_of(gid));
+    let (first, count) = session.lease;
+    Ok(Found {
+        id: session.migration,
+        origin: session.source,
+        whole: session.whole,
+        lease: Lease { first, count },
+        plan,
+        image,
+    })
+}
+
+/// As the destination of a migration is asked.
+fn offer(request: &RestoreRequest, found: &Found) -> Offer {
+    Offer {
+        container: request.container.clone(),
+        bundle: request.bundle.clone(),
+        from: found.image.host.clone(),
+        from_port: 0,
+        criu: 0,
+        cpu_flags: Vec::new(),
+        processes: found.image.processes.iter().map(|p| offered(&p.state)).collect(),
+        image_bytes: 0,
+        paused: false,
+        lease: found.lease,
+        hand_over: found.image.hand_over,
+        copy: None,
+    }
+}
+
+/// A partial restore that waits for this container.
+fn waiting(agent: &Agent, container: &str) -> Option<(MigrationId, Entry)> {
+    let desk = lock(&agent.desk.0);
+    let (id, entry) = desk.iter().find(|(_, e)| e.container == container)?;
+    Some((*id, entry.clone()))
+}
+
+/// Puts a container on the list of those that arrive, if nothing speaks against it.
+fn admit(agent: &Agent, request: &RestoreRequest, found: &Found, by_hand: ByHand, source: &str) -> Result<(), Stop> {
+    let offer = offer(request, found);
+    let problems = check::problems(agent, &offer, false);
+    if !problems.is_empty() {
+        return Err(Stop::Refused(problems));
+    }
+    let mut arrival = Arrival::new(source.into(), offer);
+    if matches!(by_hand, ByHand::Restore(_)) {
+        arrival.state = dest::State::Gathering { nursery: None, store: Some(Store::given(request.images.clone())) };
+    }
+    arrival.by_hand = Some(by_hand);
+    let entry = Entry { container: request.container.clone(), arrival: Arc::new(Mutex::new(arrival)) };
+    lock(&agent.desk.0).insert(found.id, entry);
+    Ok(())
+}
+
+/// `restore --partial`, from beginning to end.
+pub fn partial(agent: &Arc<Agent>, request: &RestoreRequest, cancel: &Arc<Cancel>, progress: &dyn Progress) {
+    let ended = try_partial(agent, request, cancel, progress);
+    progress.event(match ended {
+        Ok(summary) => Event::Done { summary },
+        Err(Stop::Refused(reasons)) => Event::Refused { reasons },
+        Err(stop) => Event::Refused { reasons: vec![stop.to_string()] },
+    });
+}
+
+fn try_partial(
+    agent: &Arc<Agent>,
+    request: &RestoreRequest,
+    cancel: &Cancel,
+    progress: &dyn Progress,
+) -> Result<crate::timeline::Summary, Stop> {
+    let refuse = |why: String| Stop::Refused(vec![why]);
+    let found = look(agent, request).map_err(refuse)?;
+    let name = &request.container;
+    if waiting(agent, name).is_some() {
+        return Err(refuse(format!(
+            "container {name} has a partial restore here already, or is on its way; `migrrdma delete {name}` drops it"
+        )));
+    }
+    if lock(&agent.desk.0).contains_key(&found.id) {
+        return Err(refuse("another container is restored from this image here already".into()));
+    }
+    let until = Instant::now() + Duration::from_secs(agent.config.deadlines.session);
+    let by_hand = ByHand::Partial { plan: found.plan.clone(), until };
+    admit(agent, request, &found, by_hand, &found.origin)?;
+    let asked = local_request(name);
+    let mut run = Run::new(&**agent, found.id, &asked, cancel, progress);
+    take_over(&mut run, &found);
+    let made = run.phase(Phase::PreSetup, Run::make_and_connect);
+    let plan = run.plan.clone();
+    let entry = lock(&agent.desk.0).get(&found.id).cloned();
+    if let Some(entry) = &entry {
+        lock(&entry.arrival).by_hand = Some(ByHand::Partial { plan, until });
+    }
+    match made.and_then(|()| run.wanted()) {
+        Ok(()) => Ok(run.summary()),
+        Err(stop) => {
+            drop_one(agent, found.id);
+            Err(stop)
+        }
+    }
+}
+
+/// What the image says, in the place of what processes say.
+fn take_over(run: &mut Run<'_>, found: &Found) {
+    run.plan = found.plan.clone();
+    run.states = found.image.processes.iter().map(|p| p.state.clone()).collect();
+    run.hand_over = found.image.hand_over;
+    run.lease = found.lease;
+}
+
+/// Drops the partial restore of a container; false if there is none.
+pub fn drop_partial(agent: &Agent, container: &str) -> bool {
+    let Some((id, entry)) = waiting(agent, container) else { return false };
+    if lock(&entry.arrival).partial().is_none() {
+        return false;
+    }
+    drop_one(agent, id);
+    true
+}
+
+/// Its objects here, and the second QPs made for it.
+fn drop_one(agent: &Agent, id: MigrationId) {
+    let Some(entry) = lock(&agent.desk.0).get(&id).cloned() else { return };
+    let peers: Vec<PeerProcess> =
+        lock(&entry.arrival).partial().map(|(plan, _)| plan.peers().into_keys().collect()).unwrap_or_default();
+    for peer in peers {
+        let order = Order::Relay { container: peer.container, vpid: peer.vpid, request: Request::Unprepare };
+        // One that cannot be told drops them with its session.
+        if let Err(e) = agent.call(&peer.agent, Some(id), order, Duration::from_secs(agent.config.deadlines.answer)) {
+            eprintln!("{id}: {}", chain(&e));
+        }
+    }
+    if let Err(e) = dest::obey(agent, None, id, Order::Abandon) {
+        eprintln!("{id}: {e}");
+    }
+}
+
+/// Ends partial restores whose time is over or whose source will not finish them.
+pub(super) fn look_after(agent: &Agent, id: MigrationId, entry: &Entry) {
+    let (source, over, quiet) = {
+        let arrival = lock(&entry.arrival);
+        let Some((_, until)) = arrival.partial() else { return };
+        (arrival.source.clone(), until <= Instant::now(), arrival.heard.elapsed() > ASK)
+    };
+    let why = if over {
+        "nobody restored it in time"
+    } else if quiet && !source.is_empty() {
+        let fate = agent.call(&source, Some(id), Order::Fate, Duration::from_secs(10));
+        lock(&entry.arrival).heard = Instant::now();
+        match fate {
+            Ok(Answer::Fate(Fate::Aborted)) => "its source has given the checkpoint up",
+            // A source that is silent may have been switched off after its checkpoint.
+            _ => return,
+        }
+    } else {
+        return;
+    };
+    eprintln!("the partial restore of container {} is dropped: {why}", entry.container);
+    drop_one(agent, id);
+}
+
+/// The whole conversation with the program that restores.
+pub fn restore(
+    agent: &Arc<Agent>,
+    request: &RestoreRequest,
+    cancel: &Arc<Cancel>,
+    clerk: &Arc<dyn Clerk>,
+    progress: &dyn Progress,
+) {
+    let end = match look(agent, request) {
+        Ok(found) => {
+            let id = found.id;
+            let free = match lock(&agent.running).entry(id) {
+                std::collections::hash_map::Entry::Vacant(free) => {
+                    free.insert(cancel.clone());
+                    true
+                }
+                std::collections::hash_map::Entry::Occupied(_) => false,
+            };
+            if free {
+                let end = try_restore(agent, request, &found, cancel, clerk, progress);
+                lock(&agent.running).remove(&id);
+                end
+            } else {
+                End::Refused(vec!["a checkpoint or restore of this image is under way on this host".into()])
+            }
+        }
+        Err(why) => End::Refused(vec![why]),
+    };
+    progress.event(match end {
+        End::Done(summary) => Event::Done { summary },
+        End::Refused(reasons) => Event::Refused { reasons },
+        End::Possible => Event::Possible,
+        End::Undone { phase, why, left, .. } => Event::Undone { phase, why, left },
+        End::Unfinished { phase, why } => Event::Unfinished { phase, why },
+    });
+}
+
+fn try_restore(
+    agent: &Arc<Agent>,
+    request: &RestoreRequest,
+    found: &Found,
+    cancel: &Cancel,
+    clerk: &Arc<dyn Clerk>,
+    progress: &dyn Progress,
+) -> End {
+    let mut world = Surroundings::new(agent, clerk.clone());
+    world.origin = (!found.origin.is_empty() && agent.client.normalise(&found.origin).is_ok())
+        .then(|| found.origin.clone())
+        .filter(|at| World::destination(&**agent, at).is_ok());
+    let asked = local_request(&request.container);
+    let mut run = Run::new(&world, found.id, &asked, cancel, progress);
+    run.record.kind = Kind::Restore;
+    take_over(&mut run, found);
+    let ended = run.from_disk(agent, request, found, clerk);
+    run.end(ended)
+}
+
+impl Run<'_> {
+    fn from_disk(
+        &mut self,
+        agent: &Agent,
+        request: &RestoreRequest,
+        found: &Found,
+        clerk: &Arc<dyn Clerk>,
+    ) -> Result<(), Stop> {
+        self.phase(Phase::Negotiate, |run| run.may_come(agent, request, found, clerk))?;
+        self.phase(Phase::PreSetup, |run| {
+            run.write_record()?;
+            run.make_and_connect()
+        })?;
+        self.phase(Phase::Restore, Self::restore)?;
+        self.phase(Phase::Commit, Self::stay_here)?;
+        self.phase(Phase::Switch, Self::switch)?;
+        self.phase(Phase::Resume, Self::resume)?;
+        self.phase(Phase::Finish, Self::finish)
+    }
+
+    /// Nothing here speaks against it, and every peer believes that this is the image it waits for.
+    fn may_come(
+        &mut self,
+        agent: &Agent,
+        request: &RestoreRequest,
+        found: &Found,
+        clerk: &Arc<dyn Clerk>,
+    ) -> Result<(), Stop> {
+        let name = &request.container;
+        let refuse = |why: String| Err(Stop::Refused(vec![why]));
+        if !found.whole {
+            return refuse(format!(
+                "{} was made by a pre-dump: its container went on; use it for a partial restore, and restore the \
+                 checkpoint that follows",
+                request.images.display()
+            ));
+        }
+        match waiting(agent, name) {
+            None => {}
+            Some((id, _)) if id != found.id => {
+                return refuse(format!(
+                    "the partial restore of {name} here belongs to another series of images than {}; \
+                     `migrrdma delete {name}` drops it",
+                    request.images.display()
+                ));
+            }
+            Some((_, entry)) if lock(&entry.arrival).partial().is_none() => {
+                return refuse(format!("container {name} is being restored already"));
+            }
+            Some(_) => {}
+        }
+        self.world.hold(self.id, name).map_err(|by| {
+            let text = format!("container {name} takes part in {by} already");
+            Stop::Busy { by, text }
+        })?;
+        self.effects.held = true;
+        self.unpark(found)?;
+        let prepared = waiting(agent, name);
+        // From here on there is something to abandon.
+        self.effects.offered = true;
+        match prepared {
+            None => admit(agent, request, found, ByHand::Restore(clerk.clone()), LOCAL),
+            Some((_, entry)) => {
+                let mut arrival = lock(&entry.arrival);
+                let state = std::mem::replace(&mut arrival.state, dest::State::Gone);
+                let dest::State::Gathering { nursery, .. } = state else {
+                    return Err(Stop::Failed("the partial restore has ended meanwhile; try again".into()));
+                };
+                let fresh = offer(request, found);
+                *arrival = Arrival::new(LOCAL.into(), fresh);
+                arrival.by_hand = Some(ByHand::Restore(clerk.clone()));
+                arrival.state = dest::State::Gathering { nursery, store: Some(Store::given(request.images.clone())) };
+                drop(arrival);
+                self.note("the partial restore made before is used");
+                Ok(())
+            }
+        }
+    }
+
+    fn unpark(&mut self, found: &Found) -> Result<(), Stop> {
+        let port = self.world.config().port();
+        for (at, containers) in self.plan.peer_containers() {
+            let (generation, secret) = (found.image.generation, found.image.secret);
+            let order = Order::Unpark { containers, port, generation, secret };
+            match self.world.call(&at, self.id, order, self.answer_time()) {
+                Ok(Answer::Done) => {}
+                Ok(_) => return Err(confused(&at, "unpark")),
+                Err(e) => return Err(Stop::Refused(vec![chain(&e)])),
+            }
+            // Only one that has agreed may be told that it was for nothing.
+            self.effects.claimed.insert(at);
+        }
+        Ok(())
+    }
+
+    /// The point of no return: from the record on the container is here.
+    fn stay_here(&mut self) -> Result<(), Stop> {
+        let forward = Forward {
+            plan: self.plan.clone(),
+            states: self.states.clone(),
+            lease: self.lease,
+            hand_over: self.hand_over,
+        };
+        self.decide(&forward)?;
+        self.tell_destination()?;
+        self.timeline.released();
+        Ok(())
+    }
+}
+
+/// After a restart of the agent: the incubator ended with it, so what was not connected never will be. The container is
+/// not there, or its QPs lead nowhere. The image is used up all the same, because nobody knows whether its tasks ran: the
+/// peers' shims wait for nothing more, and give up by themselves.
+pub(super) fn give_up(agent: &Arc<Agent>, mut record: Record) {
+    let Some(id) = record.id() else { return };
+    let wait = Duration::from_secs(agent.config.deadlines.answer);
+    for (at, _) in &record.peers {
+        if let Err(e) = agent.call(at, Some(id), Order::Release { committed: true }, wait) {
+            eprintln!("{id}: {}", chain(&e));
+        }
+    }
+    agent.let_go_of(id);
+    record.state = State::Finished;
+    record.why = Some("the agent was restarted before all ends were connected".into());
+    record.plan = serde_json::Value::Null;
+    if let Err(e) = agent.records.write(&record) {
+        eprintln!("{}", chain(&e));
+    }
+}

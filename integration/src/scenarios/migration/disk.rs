@@ -1,0 +1,228 @@
+//! By files: a container is checkpointed with a command, its image carried to where it is wanted, and restored there
+//! with another; with or without a partial restore beforehand. Its peer waits meanwhile.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::stage::{Pair, Stage};
+use crate::lab::bundle::BUNDLES;
+use crate::lab::node::{Node, Output};
+use crate::lab::wire::Exec;
+use crate::scenario::{Context, Scenario};
+
+const LIMIT: Duration = Duration::from_secs(400);
+
+macro_rules! claim {
+    ($name:literal, $run:expr) => {
+        Scenario { name: $name, long: false, limit: LIMIT, run: $run }
+    };
+}
+
+/// Claims about images on disk.
+pub const CLAIMS: &[Scenario] = &[
+    claim!("by files: a checkpoint is restored on another host and nothing is lost or repeated", elsewhere),
+    claim!("by files: a checkpoint is restored on the same host and nothing is lost or repeated", same_host),
+    claim!(
+        "by files: a pre-dump, a partial restore, the checkpoint and its restore move a container and nothing is lost",
+        with_partial
+    ),
+    claim!("by files: a partial restore that is deleted leaves nothing behind and the source goes on", partial_deleted),
+    claim!("by files: an image is restored once, and a second time refused", restored_twice),
+    claim!("by files: a checkpoint that fails is undone and the container goes on", checkpoint_fails),
+];
+
+/// Where images lie on every node.
+const IMAGES: &str = "/var/tmp/disk";
+
+fn command(node: &Node, argv: &[&str]) -> Result<Output> {
+    let argv = argv.iter().map(ToString::to_string).collect();
+    node.run(Exec { argv, timeout_ms: Some(180_000), ..Exec::default() })
+}
+
+fn succeeds(node: &Node, argv: &[&str]) -> Result<()> {
+    let out = command(node, argv)?;
+    ensure!(out.success(), "{} on {}: {}{}", argv.join(" "), node.name(), out.text(), out.errors());
+    Ok(())
+}
+
+/// It ends with another status than 0, and one line names all of `words`.
+fn refused(node: &Node, argv: &[&str], words: &[&str]) -> Result<()> {
+    let out = command(node, argv)?;
+    let said = out.errors();
+    ensure!(!out.success(), "{} on {} ended with status 0: {said}", argv.join(" "), node.name());
+    for word in words {
+        ensure!(said.contains(word), "{}: the message lacks {word:?}: {said}", argv.join(" "));
+    }
+    Ok(())
+}
+
+/// Carries the directory of images from one node to another, as an administrator would with tar.
+fn carry(from: &Node, to: &Node) -> Result<()> {
+    from.sh(&format!("tar -C {IMAGES} -cf {IMAGES}.tar ."))?;
+    let (bytes, mode) = from.read(&format!("{IMAGES}.tar"))?;
+    to.write(&format!("{IMAGES}.tar"), mode, &bytes)?;
+    to.sh(&format!("mkdir -p {IMAGES} && tar -C {IMAGES} -xpf {IMAGES}.tar && rm {IMAGES}.tar"))?;
+    from.check(&["rm", &format!("{IMAGES}.tar")]).map(drop)
+}
+
+fn clean(stage: &Stage) -> Result<()> {
+    for node in stage.ctx.nodes() {
+        node.check(&["rm", "-rf", IMAGES])?;
+    }
+    Ok(())
+}
+
+fn checkpoint<'a>(name: &'a str, image: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut argv = vec!["migrrdma", "checkpoint", "--image-path", image, "--tcp-established", "--file-locks"];
+    argv.extend(more);
+    argv.push(name);
+    argv
+}
+
+fn restore<'a>(name: &'a str, image: &'a str, bundle: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut argv = vec!["migrrdma", "restore", "--image-path", image, "--bundle", bundle];
+    if more.is_empty() {
+        argv.extend(["--detach", "--supervise", "--tcp-established", "--file-locks"]);
+    }
+    argv.extend(more);
+    argv.push(name);
+    argv
+}
+
+fn begin<'a>(ctx: &'a mut Context, load: &[&str]) -> Result<(Stage<'a>, Pair, String)> {
+    let mut stage = Stage::new(ctx);
+    clean(&stage)?;
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], load)?;
+    let bundle = format!("{BUNDLES}/{}", pair.client);
+    Ok((stage, pair, bundle))
+}
+
+fn judge(mut stage: Stage, pair: &Pair) -> Result<()> {
+    stage.flow(&pair.client, 200)?;
+    stage.flow(&pair.server, 200)?;
+    pair.judge(&mut stage)?;
+    clean(&stage)?;
+    stage.finish()
+}
+
+fn final_image() -> String {
+    format!("{IMAGES}/final")
+}
+
+fn elsewhere(ctx: &mut Context) -> Result<()> {
+    let (mut stage, pair, bundle) = begin(ctx, &["--qps", "4"])?;
+    let image = final_image();
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &[]))?;
+    let listed = stage.ctx.src.check(&["migrrdma", "list", "--quiet"])?;
+    ensure!(!listed.contains(&pair.client), "the checkpointed container is still listed: {listed}");
+    let waits = stage.ctx.peer.check(&["migrrdma", "status"])?;
+    ensure!(waits.contains("for its image"), "the peer does not say that it waits: {waits}");
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]))?;
+    stage.moved(&pair.client, "dst")?;
+    stage.flow(&pair.client, 200)?;
+    // What came from disk is a container like any other.
+    stage.migrate(&pair.client, "src")?;
+    judge(stage, &pair)
+}
+
+fn same_host(ctx: &mut Context) -> Result<()> {
+    let (stage, pair, bundle) = begin(ctx, &["--qps", "2", "--events"])?;
+    let image = final_image();
+    for _ in 0..2 {
+        succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &[]))?;
+        succeeds(&stage.ctx.src, &restore(&pair.client, &image, &bundle, &[]))?;
+        stage.flow(&pair.client, 200)?;
+        stage.ctx.src.check(&["rm", "-r", &image])?;
+    }
+    judge(stage, &pair)
+}
+
+/// QPs that the kernel of a node has, but for its own.
+fn qps(node: &Node) -> Result<usize> {
+    let text = node.check(&["rdma", "-j", "resource", "show", "qp"])?;
+    let list: Vec<serde_json::Value> = serde_json::from_str(&text).context("rdma resource show qp")?;
+    Ok(list.iter().filter(|q| q["type"] == "RC").count())
+}
+
+fn with_partial(ctx: &mut Context) -> Result<()> {
+    let (mut stage, pair, bundle) = begin(ctx, &["--qps", "4", "--srq"])?;
+    let (early, image) = (format!("{IMAGES}/early"), final_image());
+    let before = qps(&stage.ctx.peer)?;
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &early, &["--pre-dump"]))?;
+    stage.flow(&pair.client, 200)?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &early, &bundle, &["--partial"]))?;
+    ensure!(qps(&stage.ctx.dst)? >= 4, "the partial restore made no QPs");
+    ensure!(qps(&stage.ctx.peer)? >= before + 4, "the peer made no second QPs");
+    let status = stage.ctx.dst.check(&["migrrdma", "status"])?;
+    ensure!(status.contains("partial restore"), "the status does not show the partial restore: {status}");
+    stage.flow(&pair.client, 200)?;
+    refused(&stage.ctx.dst, &restore(&pair.client, &early, &bundle, &["--partial"]), &["already", "delete"])?;
+    refused(&stage.ctx.dst, &restore(&pair.client, &early, &bundle, &[]), &["pre-dump"])?;
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &["--parent-path", "../early"]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]))?;
+    stage.moved(&pair.client, "dst")?;
+    judge(stage, &pair)
+}
+
+fn partial_deleted(ctx: &mut Context) -> Result<()> {
+    let (mut stage, pair, bundle) = begin(ctx, &["--qps", "4"])?;
+    let early = format!("{IMAGES}/early");
+    let before = (qps(&stage.ctx.dst)?, qps(&stage.ctx.peer)?);
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &early, &["--pre-dump"]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &early, &bundle, &["--partial"]))?;
+    ensure!(qps(&stage.ctx.dst)? >= before.0 + 4, "the partial restore made no QPs");
+    succeeds(&stage.ctx.dst, &["migrrdma", "delete", &pair.client])?;
+    let after = (qps(&stage.ctx.dst)?, qps(&stage.ctx.peer)?);
+    ensure!(after == before, "QPs on dst and peer: {before:?} before, {after:?} after the partial restore was deleted");
+    stage.ctx.dst.sh("! pgrep -f 'migrrdma incubator'").context("an incubator is left behind")?;
+    stage.flow(&pair.client, 300)?;
+    // The session goes on all the same: the checkpoint needs no partial restore.
+    let image = final_image();
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &["--parent-path", "../early"]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]))?;
+    stage.moved(&pair.client, "dst")?;
+    judge(stage, &pair)
+}
+
+fn restored_twice(ctx: &mut Context) -> Result<()> {
+    let (mut stage, pair, bundle) = begin(ctx, &["--qps", "2"])?;
+    let image = final_image();
+    refused(&stage.ctx.src, &checkpoint(&pair.client, &image, &["--leave-running"]), &["--leave-running", "RDMA"])?;
+    stage.flow(&pair.client, 100)?;
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &[]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]))?;
+    stage.moved(&pair.client, "dst")?;
+    refused(&stage.ctx.src, &restore(&pair.client, &image, &bundle, &[]), &["restored already"])?;
+    let listed = stage.ctx.src.check(&["migrrdma", "list", "--quiet"])?;
+    ensure!(!listed.contains(&pair.client), "the refused container is listed: {listed}");
+    judge(stage, &pair)
+}
+
+fn checkpoint_fails(ctx: &mut Context) -> Result<()> {
+    let (stage, pair, bundle) = begin(ctx, &["--qps", "2"])?;
+    let image = final_image();
+    // CRIU finds no room for its image.
+    stage.ctx.src.sh(&format!("mkdir -p {IMAGES}/small && mount -t tmpfs -o size=64k none {IMAGES}/small"))?;
+    let small = format!("{IMAGES}/small/image");
+    let result = refused(&stage.ctx.src, &checkpoint(&pair.client, &small, &[]), &["dump", "undone"]);
+    stage.ctx.src.sh(&format!("umount {IMAGES}/small"))?;
+    result?;
+    stage.flow(&pair.client, 200)?;
+    stage.flow(&pair.server, 200)?;
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &[]))?;
+    // A restore that fails leaves the image and the peer as they were.
+    let program = format!("{bundle}/rootfs{}", super::stage::CHECKER);
+    stage.ctx.src.check(&["mv", &program, &format!("{program}.away")])?;
+    let result = refused(&stage.ctx.src, &restore(&pair.client, &image, &bundle, &[]), &["rdma-checker"]);
+    stage.ctx.src.check(&["mv", &format!("{program}.away"), &program])?;
+    result?;
+    succeeds(&stage.ctx.src, &restore(&pair.client, &image, &bundle, &[]))?;
+    judge(stage, &pair)
+}

@@ -1,0 +1,288 @@
+//! Checkpoint and restore of containers that use RDMA: this program runs CRIU, the agent of this host does everything
+//! about RDMA around it and holds CRIU at its gates. Without RDMA in use neither needs the other.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use checkpoint::agent::admin::{Event, Request};
+use checkpoint::agent::config::Config;
+use checkpoint::criu::rpc::Criu_network_lock_method;
+use checkpoint::engine::by_hand::Word;
+use checkpoint::engine::park::CheckpointRequest;
+use checkpoint::engine::revive::RestoreRequest;
+use checkpoint::image;
+
+use crate::admin_client::Client;
+use crate::dump::{self, DumpOptions};
+use crate::gate::Gate;
+use crate::inject;
+use crate::migration_host;
+use crate::monitor::{self, Starter};
+use crate::restore::{self, Restored};
+use crate::store::ContainerHandle;
+
+/// For the monitor's word on anything but the restore itself.
+const MONITOR: Duration = Duration::from_secs(60);
+
+/// Whether an image holds RDMA objects, so that only the agent can bring them back.
+pub fn has_rdma(images: &Path) -> bool {
+    images.join(image::FILE).exists()
+}
+
+fn agent(request: &Request) -> Result<Client> {
+    let config = Config::load(None)?;
+    Client::ask(&config.admin(), request)
+}
+
+/// What the agent says next. Its remarks are for those who watch a migration.
+fn next(client: &mut Client) -> Result<Event> {
+    loop {
+        match client.next()? {
+            Some(Event::Begin { .. } | Event::Enter { .. } | Event::Leave { .. } | Event::Progress { .. }) => {}
+            Some(Event::Note { text }) => tracing::debug!("{text}"),
+            Some(event) => return Ok(event),
+            None => bail!("the agent ended before it said how this ended; when it is back, `migrrdma status` knows"),
+        }
+    }
+}
+
+fn say(client: &mut Client, word: Word) -> Result<()> {
+    client.send(&Request::Word(word))
+}
+
+fn told(result: Result<()>) -> Word {
+    Word::Ended { error: result.err().map(|err| format!("{err:#}")) }
+}
+
+/// The agent's word at a gate.
+fn may_pass(client: &mut Client) -> Result<()> {
+    match next(client)? {
+        Event::Go => Ok(()),
+        Event::Refuse { why } => bail!("{why}"),
+        other => bail!("the agent said {other:?} out of turn"),
+    }
+}
+
+/// How a conversation ended, if it did; `verb` as in "cannot be …".
+fn end(event: Event, id: &str, verb: &str) -> Result<()> {
+    match event {
+        Event::Done { .. } => Ok(()),
+        Event::Refused { reasons } => bail!("container {id} cannot be {verb}: {}", reasons.join("; ")),
+        Event::Undone { phase, why, left } => {
+            let left: String = left.iter().map(|l| format!("; not undone: {l}")).collect();
+            bail!("container {id} was not {verb}, it failed in {phase} and was undone: {why}{left}")
+        }
+        Event::Unfinished { phase, why } => {
+            // It was decided, so it would be wrong to say that it failed.
+            eprintln!("container {id} was {verb}, but {phase} could not be finished: {why}; see `migrrdma status`");
+            Ok(())
+        }
+        Event::Error { text } => bail!("{text}"),
+        other => bail!("the agent said {other:?} out of turn"),
+    }
+}
+
+struct DumpGate<'a>(&'a mut Client);
+
+impl Gate for DumpGate<'_> {
+    fn post_dump(&mut self) -> Result<()> {
+        say(self.0, Word::Reached)?;
+        may_pass(self.0)
+    }
+
+    fn setup_namespaces(&mut self, _pid: i32) -> Result<()> {
+        bail!("a dump makes no namespaces")
+    }
+
+    fn post_restore(&mut self, _pid: i32) -> Result<()> {
+        bail!("a dump restores nothing")
+    }
+}
+
+/// Checkpoint or pre-dump of a container that has the shim. False if the agent has no part in it: nothing of RDMA is in
+/// use, or there is no agent.
+pub fn checkpoint(root: &Path, id: &str, options: &DumpOptions) -> Result<bool> {
+    let request = Request::Checkpoint(CheckpointRequest {
+        container: id.to_owned(),
+        images: std::path::absolute(&options.common.image_path).context("no current directory")?,
+        pre_dump: options.pre_dump,
+        leave_running: options.leave_running,
+    });
+    let mut client = match agent(&request) {
+        Ok(client) => client,
+        Err(err) => {
+            tracing::debug!("{err:#}");
+            return Ok(false);
+        }
+    };
+    let mut options = options.clone();
+    // The engine has taken the container's link down: nothing can arrive that CRIU would have to keep out.
+    options.common.network_lock.get_or_insert(Criu_network_lock_method::SKIP);
+    loop {
+        match next(&mut client)? {
+            Event::Plain => return Ok(false),
+            Event::Dump => {
+                // Loaded now: the agent may have thawed and frozen it.
+                let dumped = ContainerHandle::load(root, id)
+                    .and_then(|handle| dump::dump(handle, &options, &mut DumpGate(&mut client)).map(drop));
+                say(&mut client, told(dumped))?;
+            }
+            event => return end(event, id, "checkpointed").map(|()| true),
+        }
+    }
+}
+
+struct RestoreGate<'a>(&'a mut Client);
+
+impl Gate for RestoreGate<'_> {
+    fn post_dump(&mut self) -> Result<()> {
+        bail!("a restore never dumps")
+    }
+
+    fn setup_namespaces(&mut self, _pid: i32) -> Result<()> {
+        Ok(())
+    }
+
+    fn post_restore(&mut self, pid: i32) -> Result<()> {
+        say(self.0, Word::Restored { pid })?;
+        may_pass(self.0)
+    }
+}
+
+/// Who becomes the parent of what is restored.
+#[derive(Debug)]
+pub enum How {
+    /// This program.
+    Here(Box<restore::RestoreOptions>),
+    /// A monitor, which keeps stdio and exit status.
+    Monitor(Box<monitor::RestoreOrder>),
+}
+
+impl How {
+    fn prepare(&mut self, incubator: bool, bundle: &Path) {
+        // A namespace that is given is connected by the agent, when everything is in its place: a packet that arrives
+        // before the sockets are there would be answered with a reset.
+        let spec = crate::store::load_spec_file(&bundle.join("config.json"));
+        let given = spec.is_ok_and(|spec| migration_host::netns(&spec).is_some());
+        let socket = format!("{}/incubator.sock", inject::AGENT_DIR);
+        let variable = incubator.then(|| ("MIGRRDMA_INCUBATOR".to_owned(), socket));
+        match self {
+            How::Here(options) => {
+                options.create_hooks &= !given;
+                options.common.plugin_env.extend(variable);
+                options.common.network_lock.get_or_insert(Criu_network_lock_method::SKIP);
+            }
+            How::Monitor(order) => {
+                order.plugin_env.extend(variable);
+                order.skip_create_hooks |= given;
+                order.skip_network_lock = true;
+            }
+        }
+    }
+
+    /// Restores and lets run, past the agent's gate if there is one.
+    fn go(self, client: Option<&mut Client>) -> Result<Restored> {
+        match (self, client) {
+            (How::Here(options), Some(client)) => restore::restore(*options, &mut RestoreGate(client)),
+            (How::Here(options), None) => restore::restore(*options, &mut crate::gate::OpenGate),
+            (How::Monitor(mut order), client) => {
+                order.hold = client.is_some();
+                let deadline = Duration::from_secs(order.deadline_s.unwrap_or(600));
+                let starter = Starter::start(&monitor::Order::Restore(*order))?;
+                match client {
+                    None => starter.running(deadline).map(|pid| Restored { pid, console: None }),
+                    Some(client) => held(starter, deadline, client),
+                }
+            }
+        }
+    }
+}
+
+fn held(mut starter: Starter, deadline: Duration, client: &mut Client) -> Result<Restored> {
+    use monitor::{Answer, Event};
+    loop {
+        match starter.next(deadline)? {
+            Event::SetupNamespaces { .. } => starter.answer(&Answer::Go)?,
+            Event::PostRestore { pid } => {
+                let word = say(client, Word::Restored { pid }).and_then(|()| may_pass(client));
+                starter.answer(&match word {
+                    Ok(()) => Answer::Go,
+                    Err(err) => Answer::Refuse { why: format!("{err:#}") },
+                })?;
+                return starter.running(MONITOR).map(|pid| Restored { pid, console: None });
+            }
+            Event::Failed { error } => bail!("{error}"),
+            Event::Running { .. } => bail!("the monitor let the tasks run without asking"),
+        }
+    }
+}
+
+fn request(id: &str, images: &Path, bundle: &Path) -> Result<RestoreRequest> {
+    let absolute = |path: &Path| -> Result<PathBuf> { std::path::absolute(path).context("no current directory") };
+    Ok(RestoreRequest { container: id.to_owned(), images: absolute(images)?, bundle: absolute(bundle)? })
+}
+
+/// Restores a container, with the agent's help if its image holds RDMA objects.
+pub fn restore(id: &str, images: &Path, bundle: &Path, how: How) -> Result<Restored> {
+    if !has_rdma(images) {
+        return how.go(None);
+    }
+    let mut client = agent(&Request::Restore(request(id, images, bundle)?)).with_context(|| {
+        format!("the image {} holds RDMA objects, which only the agent can bring back", images.display())
+    })?;
+    let mut how = Some(how);
+    let mut restored = None;
+    loop {
+        match next(&mut client) {
+            Ok(Event::Restore { incubator }) => {
+                let Some(mut how) = how.take() else { bail!("the agent wants to restore a second time") };
+                how.prepare(incubator, bundle);
+                match how.go(Some(&mut client)) {
+                    Ok(done) => {
+                        restored = Some(done);
+                        say(&mut client, Word::Running)?;
+                    }
+                    Err(err) => say(&mut client, told(Err(err)))?,
+                }
+            }
+            // Told at the gate, and again here if the agent changed its mind before.
+            Ok(Event::Refuse { .. }) => {}
+            Ok(event) => {
+                end(event, id, "restored")?;
+                return restored.context("the agent ended well, but nothing was restored");
+            }
+            Err(err) => match restored {
+                // It runs, whatever became of its connections.
+                Some(done) => {
+                    eprintln!("container {id}: {err:#}");
+                    return Ok(done);
+                }
+                None => return Err(err),
+            },
+        }
+    }
+}
+
+/// Prepares a restore, and leaves it with the agent.
+pub fn partial(id: &str, images: &Path, bundle: &Path) -> Result<()> {
+    if !has_rdma(images) {
+        bail!(
+            "{} holds no RDMA objects that could be made early ({} is missing); restore without --partial",
+            images.display(),
+            image::FILE
+        );
+    }
+    let mut client = agent(&Request::Partial(request(id, images, bundle)?))?;
+    let event = next(&mut client)?;
+    end(event, id, "prepared")
+}
+
+/// Drops a partial restore. False if there is none, or no agent that could have one.
+pub fn drop_partial(id: &str) -> bool {
+    let dropped = || -> Result<bool> {
+        let mut client = agent(&Request::DropPartial { container: id.to_owned() })?;
+        Ok(matches!(next(&mut client)?, Event::Dropped { was_there: true }))
+    };
+    dropped().unwrap_or(false)
+}
