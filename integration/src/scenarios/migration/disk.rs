@@ -14,22 +14,27 @@ use crate::scenario::{Context, Scenario};
 const LIMIT: Duration = Duration::from_secs(400);
 
 macro_rules! claim {
-    ($name:literal, $run:expr) => {
-        Scenario { name: $name, long: false, limit: LIMIT, run: $run }
+    ($name:literal, $long:literal, $run:expr) => {
+        Scenario { name: $name, long: $long, limit: LIMIT, run: $run }
     };
 }
 
 /// Claims about images on disk.
 pub const CLAIMS: &[Scenario] = &[
-    claim!("by files: a checkpoint is restored on another host and nothing is lost or repeated", elsewhere),
-    claim!("by files: a checkpoint is restored on the same host and nothing is lost or repeated", same_host),
+    claim!("by files: a checkpoint is restored on another host and nothing is lost or repeated", false, elsewhere),
+    claim!("by files: a checkpoint is restored on the same host and nothing is lost or repeated", true, same_host),
     claim!(
         "by files: a pre-dump, a partial restore, the checkpoint and its restore move a container and nothing is lost",
+        false,
         with_partial
     ),
-    claim!("by files: a partial restore that is deleted leaves nothing behind and the source goes on", partial_deleted),
-    claim!("by files: an image is restored once, and a second time refused", restored_twice),
-    claim!("by files: a checkpoint that fails is undone and the container goes on", checkpoint_fails),
+    claim!(
+        "by files: a partial restore that is deleted leaves nothing behind and the source goes on",
+        true,
+        partial_deleted
+    ),
+    claim!("by files: an image is restored once, and a second time refused", true, restored_twice),
+    claim!("by files: a checkpoint that fails is undone and the container goes on", true, checkpoint_fails),
 ];
 
 /// Where images lie on every node.
