@@ -245,10 +245,10 @@ impl Run<'_> {
             self.note(format!("a peer was not released and will ask: {}", crate::agent::chain(&e)));
         }
         self.ended_here();
-        if let Some(container) = &self.container {
-            if let Err(e) = self.world.host().forget(container) {
-                self.note(format!("cleaning up here: {e}"));
-            }
+        if let Some(container) = &self.container
+            && let Err(e) = self.world.host().forget(container)
+        {
+            self.note(format!("cleaning up here: {e}"));
         }
         self.effects.wire = None;
         if let Some(dir) = self.effects.images.take() {

@@ -175,8 +175,9 @@ impl Run<'_> {
             .into_iter()
             .map(|(agent, list)| {
                 let local = agent == LOCAL;
-                let new = |c: &String| !(local && *c == name) && !self.held_peers.contains(&(agent.clone(), c.clone()));
-                let list: Vec<String> = list.into_iter().filter(new).collect();
+                let itself = |c: &String| local && *c == name;
+                let held = |c: &String| self.held_peers.contains(&(agent.clone(), c.clone()));
+                let list: Vec<String> = list.into_iter().filter(|c| !itself(c) && !held(c)).collect();
                 (agent, list)
             })
             .filter(|(_, list)| !list.is_empty())

@@ -126,7 +126,7 @@ fn attempts(
         run.record.kind = Kind::Checkpoint;
         run.plan = session.plan.clone();
         run.effects.claimed = session.claimed.clone();
-        let ended = run.to_disk(request, session);
+        let ended = run.park(request, session);
         if matches!(ended, Ok(true)) {
             run.undo("nothing of RDMA is in use");
             return Outcome::Plain;
@@ -146,7 +146,7 @@ fn attempts(
 
 impl Run<'_> {
     /// All phases; true if there is nothing of RDMA in the container.
-    fn to_disk(&mut self, request: &CheckpointRequest, session: &mut Session) -> Result<bool, Stop> {
+    fn park(&mut self, request: &CheckpointRequest, session: &mut Session) -> Result<bool, Stop> {
         if self.world.host().container(&request.container).is_err() {
             // Of another root directory than the agent's, or gone: its runtime knows better.
             return Ok(true);

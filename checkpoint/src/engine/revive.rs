@@ -312,12 +312,12 @@ fn try_restore(
     let mut run = Run::new(&world, found.id, &asked, cancel, progress);
     run.record.kind = Kind::Restore;
     take_over(&mut run, found);
-    let ended = run.from_disk(agent, request, found, clerk);
+    let ended = run.read_image(agent, request, found, clerk);
     run.end(ended)
 }
 
 impl Run<'_> {
-    fn from_disk(
+    fn read_image(
         &mut self,
         agent: &Agent,
         request: &RestoreRequest,

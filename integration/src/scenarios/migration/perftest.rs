@@ -106,7 +106,7 @@ fn command(program: &str, node_gid: u8, options: &[&str]) -> Vec<String> {
             // perftest measures by time only when it polls. About as long as the others, in the lab.
             let often = match program {
                 "ib_atomic_bw" => "200000",
-                "ib_send_lat" => "20000",
+                "ib_send_lat" => "3000",
                 _ => "8000",
             };
             argv.extend(["-n", often].map(str::to_owned));
