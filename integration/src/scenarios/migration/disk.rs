@@ -184,7 +184,7 @@ fn partial_deleted(ctx: &mut Context) -> Result<()> {
     succeeds(&stage.ctx.dst, &["migrrdma", "delete", &pair.client])?;
     let after = (qps(&stage.ctx.dst)?, qps(&stage.ctx.peer)?);
     ensure!(after == before, "QPs on dst and peer: {before:?} before, {after:?} after the partial restore was deleted");
-    stage.ctx.dst.sh("! pgrep -f 'migrrdma incubator'").context("an incubator is left behind")?;
+    stage.ctx.dst.sh("! pgrep -f '[m]igrrdma incubator'").context("an incubator is left behind")?;
     stage.flow(&pair.client, 300)?;
     // The session goes on all the same: the checkpoint needs no partial restore.
     let image = final_image();
