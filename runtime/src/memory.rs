@@ -93,7 +93,7 @@ pub fn make_dir(dir: &Path) -> Result<()> {
 }
 
 /// Its size is that of all memory: what lies there is charged to the containers, and their limits hold.
-fn mount_tmpfs(top: &Path) -> Result<()> {
+pub fn mount_tmpfs(top: &Path) -> Result<()> {
     fs::create_dir_all(top).with_context(|| format!("cannot make {}", top.display()))?;
     let beside = top.with_extension("lock");
     let file = fs::File::create(&beside).with_context(|| format!("cannot make {}", beside.display()))?;

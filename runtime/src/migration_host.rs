@@ -124,6 +124,7 @@ impl MigrationHost {
             plugin_dir: None,
             plugin_env,
             hold: true,
+            door: Some(job.door.clone()),
             deadline_s: Some(job.deadline.as_secs()),
             pid_file: None,
         });
@@ -131,7 +132,7 @@ impl MigrationHost {
         loop {
             match starter.next(job.deadline)? {
                 Event::SetupNamespaces { .. } => starter.answer(&Answer::Go)?,
-                Event::PostRestore { pid } => return Ok(Box::new(Restored { starter, pid, runs: false })),
+                Event::PostRestore { pid } => return Ok(Box::new(Restored { starter, pid, runs: false, told: false })),
                 Event::Failed { error } => bail!("{error}"),
                 Event::Running { .. } => bail!("the monitor let the tasks run without asking"),
             }
@@ -198,7 +199,19 @@ impl Gate for LastGate<'_> {
 struct Restored {
     starter: Starter,
     pid: i32,
+    /// The tasks run.
     runs: bool,
+    /// The monitor has its answer.
+    told: bool,
+}
+
+/// The monitor would wait for another agent; but this one decides against it.
+impl Drop for Restored {
+    fn drop(&mut self) {
+        if !self.told {
+            let _ = self.starter.answer(&Answer::Refuse { why: "the migration was given up".into() });
+        }
+    }
 }
 
 impl Restored {
@@ -207,6 +220,7 @@ impl Restored {
             return Ok(());
         }
         self.starter.answer(&Answer::Go)?;
+        self.told = true;
         match self.starter.next(MONITOR)? {
             Event::Running { .. } => {
                 self.runs = true;
@@ -219,6 +233,7 @@ impl Restored {
 
     fn try_abandon(mut self) -> Result<()> {
         self.starter.answer(&Answer::Refuse { why: "the migration was not committed".into() })?;
+        self.told = true;
         match self.starter.next(MONITOR)? {
             Event::Failed { .. } => Ok(()),
             other => bail!("the monitor answered a refusal with {other:?}"),
@@ -384,6 +399,11 @@ impl Host for MigrationHost {
 
     fn restore(&self, job: &RestoreJob) -> host::Result<Box<dyn Held>> {
         self.try_restore(job).map_err(told)
+    }
+
+    fn held_at(&self, door: &Path) -> host::Result<Option<Box<dyn Held>>> {
+        let found = Starter::at(door).map_err(told)?;
+        Ok(found.map(|(starter, pid)| Box::new(Restored { starter, pid, runs: false, told: false }) as Box<dyn Held>))
     }
 
     fn forget(&self, container: &Container) -> host::Result<()> {

@@ -6,21 +6,23 @@
 //! [`Event`]s. Two of them are questions ([`Event::SetupNamespaces`],
 //! [`Event::PostRestore`]) and wait for a [`Answer`] line: this is how an
 //! agent in another process holds a restore before its commit. A socket that
-//! closes while a question is open means *no*. After [`Event::Running`] the
-//! monitor needs its starter no more: the agent may come and go.
+//! closes while a question is open means *no*, unless the order names a
+//! [`RestoreOrder::door`]: then the monitor puts its last question again to
+//! whoever knocks there. After [`Event::Running`] it needs its starter no
+//! more: the agent may come and go.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -37,6 +39,8 @@ use crate::restore::{self, FileMaker, RestoreOptions};
 
 /// A longer line is not one of ours.
 const LINE_CAP: u64 = 1 << 20;
+/// For the question of a monitor at whose door somebody knocked.
+const DOOR: Duration = Duration::from_secs(10);
 /// How long output may still arrive after init ended, from processes that
 /// hold the pipes although they should be gone.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -95,6 +99,11 @@ pub struct RestoreOrder {
     /// Ask before going on; without it nothing is held.
     #[serde(default)]
     pub hold: bool,
+    /// Where the monitor listens while it waits for the word on its last
+    /// question. Its directory's rights guard it; when the path is gone, so
+    /// is whoever could answer, and the answer is no.
+    #[serde(default)]
+    pub door: Option<PathBuf>,
     /// Seconds CRIU may be silent; 600 when absent.
     #[serde(default)]
     pub deadline_s: Option<u64>,
@@ -151,6 +160,20 @@ impl Starter {
         let mut starter = Starter { stream: BufReader::new(ours) };
         starter.send(order)?;
         Ok(starter)
+    }
+
+    /// The monitor that waits at this door; `None` if none does.
+    pub fn at(door: &Path) -> Result<Option<(Self, i32)>> {
+        let stream = match UnixStream::connect(door) {
+            Ok(stream) => stream,
+            Err(err) if matches!(err.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
+            Err(err) => return Err(err).with_context(|| format!("cannot knock at {}", door.display())),
+        };
+        let mut starter = Starter { stream: BufReader::new(stream) };
+        match starter.next(DOOR)? {
+            Event::PostRestore { pid } => Ok(Some((starter, pid))),
+            other => bail!("the monitor at {} says {other:?}", door.display()),
+        }
     }
 
     /// The next event, or an error after `deadline`.
@@ -393,7 +416,7 @@ fn restore_held(
     options.pid_file = order.pid_file.clone();
     options.stdio = stdio;
     options.files = Some(files);
-    let mut gate = SocketGate { stream, hold: order.hold, record };
+    let mut gate = SocketGate { stream, hold: order.hold, door: order.door.as_deref(), record };
     Ok(restore::restore(options, &mut gate)?.pid)
 }
 
@@ -401,23 +424,65 @@ fn restore_held(
 struct SocketGate<'a> {
     stream: &'a mut BufReader<UnixStream>,
     hold: bool,
+    door: Option<&'a Path>,
     record: &'a Record,
 }
 
+/// Where the next agent knocks.
+struct Door {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Door {
+    fn open(path: &Path) -> Result<Self> {
+        let listener = UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
+        Ok(Door { listener, path: path.to_owned() })
+    }
+
+    /// Waits as long as somebody may come: only the source knows the decision, however long it is silent.
+    fn next(&self) -> Result<BufReader<UnixStream>> {
+        while self.path.exists() {
+            let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::from(1000u16)) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return Ok(BufReader::new(self.listener.accept()?.0)),
+                Err(err) => return Err(err).context("waiting at the door"),
+            }
+        }
+        bail!("nobody knows of this restore any more")
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
 impl SocketGate<'_> {
-    fn ask(&mut self, question: &Event) -> Result<()> {
+    fn ask(&mut self, question: &Event, door: Option<&Door>) -> Result<()> {
         if !self.hold {
             return Ok(());
         }
-        send(self.stream.get_mut(), question)?;
-        // The starter has the deadline: whoever holds a commit decides when
-        // it is over, and its death closes the socket.
-        let line =
-            read_line(self.stream)?.ok_or_else(|| anyhow!("the starter went away before its word on {question:?}"))?;
-        match serde_json::from_str(&line).context("malformed answer")? {
-            Answer::Go => Ok(()),
-            Answer::Refuse { why } => bail!("{why}"),
+        loop {
+            // The starter has the deadline: whoever holds a commit decides when
+            // it is over, and its death closes the socket.
+            match (self.word(question), door) {
+                (Ok(Some(Answer::Go)), _) => return Ok(()),
+                (Ok(Some(Answer::Refuse { why })), _) => bail!("{why}"),
+                (Ok(None) | Err(_), Some(door)) => *self.stream = door.next()?,
+                (Ok(None), None) => bail!("the starter went away before its word on {question:?}"),
+                (Err(err), None) => return Err(err),
+            }
         }
+    }
+
+    /// `None`: nobody is there any more.
+    fn word(&mut self, question: &Event) -> Result<Option<Answer>> {
+        send(self.stream.get_mut(), question)?;
+        let Some(line) = read_line(self.stream)? else { return Ok(None) };
+        Ok(Some(serde_json::from_str(&line).context("malformed answer")?))
     }
 }
 
@@ -427,13 +492,15 @@ impl Gate for SocketGate<'_> {
     }
 
     fn setup_namespaces(&mut self, pid: i32) -> Result<()> {
-        self.ask(&Event::SetupNamespaces { pid })
+        self.ask(&Event::SetupNamespaces { pid }, None)
     }
 
     fn post_restore(&mut self, pid: i32) -> Result<()> {
         // Whatever can fail comes before the last gate.
         self.record.begin()?;
-        self.ask(&Event::PostRestore { pid })
+        // Closed again before the tasks run.
+        let door = self.door.map(Door::open).transpose()?;
+        self.ask(&Event::PostRestore { pid }, door.as_ref())
     }
 }
 
@@ -526,7 +593,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let record = Record::of("unused").unwrap();
         let mut stream = BufReader::new(theirs);
-        let mut gate = SocketGate { stream: &mut stream, hold: true, record: &record };
+        let mut gate = SocketGate { stream: &mut stream, hold: true, door: None, record: &record };
         drop(ours);
         assert!(gate.setup_namespaces(7).is_err());
     }
@@ -536,7 +603,7 @@ mod tests {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let record = Record::of("unused").unwrap();
         let mut stream = BufReader::new(theirs);
-        let mut gate = SocketGate { stream: &mut stream, hold: true, record: &record };
+        let mut gate = SocketGate { stream: &mut stream, hold: true, door: None, record: &record };
         send(&mut ours, &Answer::Go).unwrap();
         send(&mut ours, &Answer::Refuse { why: "peer lost".into() }).unwrap();
         gate.setup_namespaces(7).unwrap();
@@ -545,5 +612,52 @@ mod tests {
         let mut reader = BufReader::new(ours);
         let line = read_line(&mut reader).unwrap().unwrap();
         assert_eq!(line, "{\"event\":\"setup-namespaces\",\"pid\":7}\n");
+    }
+
+    /// A monitor's gate with a door, whose starter has gone; what the last question led to.
+    fn without_starter(door: &Path) -> std::thread::JoinHandle<Result<()>> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(ours);
+        let path = door.to_owned();
+        std::thread::spawn(move || {
+            let record = Record::of("unused").unwrap();
+            let mut stream = BufReader::new(theirs);
+            let mut gate = SocketGate { stream: &mut stream, hold: true, door: Some(&path), record: &record };
+            let door = Door::open(&path)?;
+            gate.ask(&Event::PostRestore { pid: 7 }, Some(&door))
+        })
+    }
+
+    fn knock(door: &Path) -> Starter {
+        let until = Instant::now() + DRAIN * 5;
+        loop {
+            if let Some((starter, 7)) = Starter::at(door).unwrap() {
+                return starter;
+            }
+            assert!(Instant::now() < until, "nobody is at the door");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn whoever_knocks_after_the_starter_went_away_decides_and_may_go_away_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let door = dir.path().join("door.sock");
+        let waits = without_starter(&door);
+        drop(knock(&door));
+        knock(&door).answer(&Answer::Go).unwrap();
+        waits.join().unwrap().unwrap();
+        assert!(!door.exists() && Starter::at(&door).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_door_that_was_removed_answers_no() {
+        let dir = tempfile::tempdir().unwrap();
+        let door = dir.path().join("door.sock");
+        let waits = without_starter(&door);
+        drop(knock(&door));
+        std::fs::remove_file(&door).unwrap();
+        let err = waits.join().unwrap().unwrap_err();
+        assert!(err.to_string().contains("nobody knows"), "{err}");
     }
 }

@@ -16,11 +16,11 @@ use crate::channel::ShadowChannel;
 use crate::context::ShadowContext;
 use crate::cq::ShadowCq;
 use crate::entry::{boundary, entry};
-use crate::errno::set_errno;
+use crate::errno::{Errno, set_errno};
 use crate::qp::ShadowQp;
 use crate::real::{self, Symbol};
-use crate::registry;
 use crate::srq::ShadowSrq;
+use crate::{readers, registry};
 
 /// Events handed to the application about one object.
 #[derive(Debug)]
@@ -103,15 +103,20 @@ pub unsafe extern "C-unwind" fn ibv_get_cq_event(
         set_errno(libc::ENOSYS);
         return -1;
     };
+    boundary(readers::enter, || ());
     // SAFETY: libibverbs' function of this name has this signature.
     let real = unsafe { std::mem::transmute::<*mut c_void, GetCqEvent>(address) };
     // SAFETY: the caller's promise; a real channel.
     let answer = unsafe { real(shadow.unwrap_or(channel), cq, cq_context) };
     if answer != 0 {
+        let errno = Errno::last();
+        boundary(readers::leave, || ());
+        set_errno(errno.0);
         return answer;
     }
     // SAFETY: on success the library filled both.
     boundary(|| unsafe { translate_cq_event(cq, cq_context) }, || ());
+    boundary(readers::leave, || ());
     answer
 }
 
@@ -143,15 +148,20 @@ pub unsafe extern "C-unwind" fn ibv_get_async_event(context: *mut ibv_context, o
         set_errno(libc::ENOSYS);
         return -1;
     };
+    boundary(readers::enter, || ());
     // SAFETY: libibverbs' function of this name has this signature.
     let real = unsafe { std::mem::transmute::<*mut c_void, GetAsyncEvent>(address) };
     // SAFETY: the caller's promise; a real context.
     let answer = unsafe { real(shadow.unwrap_or(context), out) };
     if answer != 0 {
+        let errno = Errno::last();
+        boundary(readers::leave, || ());
+        set_errno(errno.0);
         return answer;
     }
     // SAFETY: on success the library filled it.
     boundary(|| unsafe { translate_async_event(out) }, || ());
+    boundary(readers::leave, || ());
     answer
 }
 

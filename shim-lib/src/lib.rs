@@ -45,6 +45,7 @@ mod pd;
 mod provider;
 mod qp;
 mod query;
+mod readers;
 mod real;
 mod registry;
 mod srq;

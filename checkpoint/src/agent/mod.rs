@@ -9,6 +9,7 @@
 //! | [`procs`] | which processes really use RDMA |
 //! | [`facts`] | what this host is, and whose agent a GID belongs to |
 //! | [`peer`] | this host as the host of a peer |
+//! | `claims` | what is held for other hosts, across restarts |
 //! | [`parking`] | peers that wait for an image to be restored |
 //! | [`sessions`] | containers of this host that were pre-dumped |
 //! | [`tidy`] | forgetting containers that are no more |
@@ -21,6 +22,7 @@
 
 pub mod admin;
 pub mod ask;
+mod claims;
 pub mod config;
 pub mod doors;
 pub mod facts;
@@ -114,6 +116,8 @@ pub struct Agent {
     /// Containers of this host that were pre-dumped.
     pub sessions: sessions::Sessions,
     claims: Mutex<HashMap<String, peer::Claim>>,
+    /// Containers whose migration was undone just now.
+    let_go: Mutex<HashMap<String, claims::LetGo>>,
     /// Images whose peers here wait no longer.
     spent: Mutex<HashSet<MigrationId>>,
     cgroups: Mutex<HashMap<String, PathBuf>>,
@@ -153,6 +157,7 @@ impl Agent {
             running: Mutex::default(),
             sessions: sessions::Sessions::default(),
             claims: Mutex::default(),
+            let_go: Mutex::default(),
             spent: Mutex::default(),
             cgroups: Mutex::default(),
             registered: Mutex::default(),
@@ -168,7 +173,8 @@ impl Agent {
         admin::refuse_second(&self.config.admin())?;
         self.forget_lost_guests();
         self.doors.serve(self.clone()).map_err(wrap)?;
-        engine::dest::forget_old(self);
+        engine::prepared::take_up(self);
+        self.recall_claims();
         self.recall_parked();
         engine::recover::run(self);
         match &self.identity {
@@ -188,6 +194,7 @@ impl Agent {
                 thread::sleep(ROUND);
                 agent.client.tidy();
                 agent.look_after_claims();
+                agent.look_after_latecomers();
                 agent.look_after_parked();
                 agent.look_after_sessions();
                 engine::dest::look_after(&agent);

@@ -10,12 +10,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::{MigrationId, PQpn};
-use rdma_virt::msg::{Reply, Request, Scope};
+use rdma_virt::msg::{Request, Scope};
 use rdma_virt::saved::{ProcessState, QpPhase};
 
 use super::parking::Parked;
 use super::shims::ShimError;
-use super::{Agent, LOCAL, facts, lock};
+use super::{Agent, LOCAL, facts, lock, procs};
 use crate::net::msg::{Answer, End, FarEnd, Fate, Link, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
@@ -99,6 +99,7 @@ impl Agent {
             claims
                 .insert(id.clone(), Claim { migration, source: source.clone(), heard: now, since: now, parked: None });
         }
+        self.note_claims(&claims);
         Ok(Answer::Done)
     }
 
@@ -119,13 +120,17 @@ impl Agent {
     /// The container that just arrived here is still held by its migration.
     pub fn take_over(&self, migration: MigrationId, container: &str, source: &str) {
         let now = Instant::now();
-        lock(&self.claims)
+        let mut claims = lock(&self.claims);
+        claims
             .insert(container.into(), Claim { migration, source: source.into(), heard: now, since: now, parked: None });
+        self.note_claims(&claims);
     }
 
     /// Forgets the migration without a word to shims. Peers that wait for an image of it go on waiting.
     pub fn let_go_of(&self, migration: MigrationId) {
-        lock(&self.claims).retain(|_, claim| claim.migration != migration || claim.parked.is_some());
+        let mut claims = lock(&self.claims);
+        claims.retain(|_, claim| claim.migration != migration || claim.parked.is_some());
+        self.note_claims(&claims);
     }
 
     /// Answers [`Order::Relay`].
@@ -162,9 +167,19 @@ impl Agent {
         match answer {
             Ok(reply) => Ok(Answer::Shim(reply)),
             Err(ShimError::Busy { by, .. }) => Err(Refusal::Busy { container: container.into(), by }),
+            // This agent may have been started a moment ago; its shims come back one by one.
+            Err(e @ ShimError::Absent { .. }) if self.is_there(container, vpid) => {
+                Err(Refusal::Failed(format!("{}, and it still runs", super::chain(&e))))
+            }
             Err(e @ ShimError::Absent { .. }) => Err(Refusal::Absent(super::chain(&e))),
             Err(e) => Err(Refusal::Failed(super::chain(&e))),
         }
+    }
+
+    /// Whether the container still has this process, as far as can be seen.
+    fn is_there(&self, container: &str, vpid: rdma_virt::id::Vpid) -> bool {
+        let Ok(found) = self.host.container(container) else { return false };
+        procs::of_cgroup(&found.cgroup).map_or(true, |list| list.iter().any(|p| p.vpid == vpid))
     }
 
     fn check_claim(&self, migration: MigrationId, container: &str, request: &Request) -> Result<(), Refusal> {
@@ -192,17 +207,12 @@ impl Agent {
             .map(|(id, _)| id.clone())
             .collect();
         if !committed {
-            for shim in mine.iter().flat_map(|id| self.shims.of(id)) {
-                match shim.ask(Some(migration), Request::Abort, self.answer_time()) {
-                    Ok(Reply::Done) => {}
-                    Ok(other) => eprintln!("{} answered abort with {other:?}", shim.who()),
-                    Err(e) => eprintln!("{}", super::chain(&e)),
-                }
-            }
+            mine.iter().for_each(|container| self.let_go_on(migration, container));
         }
         let mut claims = lock(&self.claims);
         let parked = claims.values().any(|claim| claim.migration == migration && claim.parked.is_some());
         claims.retain(|_, claim| claim.migration != migration);
+        self.note_claims(&claims);
         drop(claims);
         if parked {
             self.stop_waiting(migration);

@@ -142,6 +142,10 @@ impl Host for HandHost {
     fn restore(&self, job: &RestoreJob) -> Result<Box<dyn Held>> {
         restore(&self.clerk, job)
     }
+    fn held_at(&self, _: &Path) -> Result<Option<Box<dyn Held>>> {
+        // What a command restores ends with the command.
+        Ok(None)
+    }
     fn forget(&self, container: &Container) -> Result<()> {
         self.host.forget(container)
     }

@@ -28,6 +28,7 @@ use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::landing::Landing;
 use super::memory::Memory;
 use super::newcomers::{adopt, alive};
+use super::prepared::{self, Note};
 use super::revive::{self, ByHand};
 use super::store::{Store, StoreError};
 use crate::agent::{Agent, chain, is_plain_name, lock};
@@ -82,13 +83,15 @@ impl State {
 pub(super) struct Arrival {
     /// `host:port` of the source's agent.
     pub source: String,
-    offer: Offer,
+    pub(super) offer: Offer,
     states: Vec<ProcessState>,
+    /// What the incubator made for them, once they hold it.
+    pub(super) adopted: Vec<AdoptedProcess>,
     /// What the restored processes make by themselves; empty where an incubator does it.
-    rebuild: super::rebuild::Here,
+    pub(super) rebuild: super::rebuild::Here,
     pub state: State,
     /// The bundle that comes along.
-    landing: Option<Landing>,
+    pub(super) landing: Option<Landing>,
     /// Registered memory that comes along.
     memory: Option<Memory>,
     /// When the source last said something, or answered.
@@ -103,6 +106,7 @@ impl Arrival {
             source,
             offer,
             states: Vec::new(),
+            adopted: Vec::new(),
             rebuild: Default::default(),
             state: State::Gathering { nursery: None, store: None },
             landing: None,
@@ -145,6 +149,11 @@ impl Desk {
     /// The migration that brings this container, if any.
     pub fn bringing(&self, container: &str) -> Option<MigrationId> {
         lock(&self.0).iter().find(|(_, e)| e.container == container).map(|(id, _)| *id)
+    }
+
+    /// Whether anything is known of this migration.
+    pub(super) fn has(&self, id: MigrationId) -> bool {
+        lock(&self.0).contains_key(&id)
     }
 
     fn get(&self, id: MigrationId) -> Option<Entry> {
@@ -389,44 +398,56 @@ impl Arrival {
             work: store.work(),
             incubator: nursery.is_some().then(|| agent.doors.of(container).join(INCUBATOR)),
             deadline: Duration::from_secs(agent.config.deadlines.restore),
+            door: prepared::door(store.dir()),
         };
         let held = match &self.by_hand {
             Some(ByHand::Restore(clerk)) => super::by_hand::restore(clerk, &job),
             _ => agent.host.restore(&job),
         };
         let held = held.map_err(|e| format!("restoring the container: {e}"));
-        let missing = match (nursery, &held) {
+        let missing = match (nursery.as_mut(), &held) {
             (Some(nursery), Ok(_)) => nursery.disarm().and_then(|()| nursery.missing()),
             (Some(nursery), Err(_)) => nursery.disarm().map(|()| Vec::new()),
             (None, _) => Ok(Vec::new()),
         };
         let held = held?;
-        if self.offer.hand_over == HandOver::Rebuild {
-            match super::rebuild::Here::look(&store.images(), held.init()) {
-                Ok(here) => self.rebuild = here,
-                Err(why) => {
-                    give_up(held);
-                    return Err(why);
-                }
+        match self.settle(agent, nursery, store, held.init(), missing) {
+            Ok(()) => Ok((held, wire)),
+            Err(why) => {
+                give_up(held);
+                Err(why)
             }
         }
-        match missing {
-            // Its later QPs get numbers of its own range from the first moment on.
-            Ok(list) if list.is_empty() => match agent.moved.host_guest(container, self.offer.lease) {
-                Ok(()) => Ok((held, wire)),
-                Err(e) => {
-                    give_up(held);
-                    Err(chain(&e))
-                }
-            },
-            Ok(list) => {
-                give_up(held);
-                Err(format!("restored processes did not take all their RDMA objects: {}", list.join(", ")))
-            }
-            Err(e) => {
-                give_up(held);
-                Err(format!("the incubator: {e}"))
-            }
+    }
+
+    /// Nothing is missing, and an agent that is started after this one will know what to do.
+    fn settle(
+        &mut self,
+        agent: &Agent,
+        nursery: &mut Option<Box<dyn Nursery>>,
+        store: &Store,
+        init: i32,
+        missing: super::host::Result<Vec<String>>,
+    ) -> Result<(), String> {
+        let incubator = |e: super::host::HostError| format!("the incubator: {e}");
+        if self.offer.hand_over == HandOver::Rebuild {
+            self.rebuild = super::rebuild::Here::look(&store.images(), init)?;
+        }
+        let missing = missing.map_err(incubator)?;
+        if !missing.is_empty() {
+            return Err(format!("restored processes did not take all their RDMA objects: {}", missing.join(", ")));
+        }
+        self.adopted = nursery.as_mut().map_or(Ok(Vec::new()), |n| n.report()).map_err(incubator)?;
+        self.write_down(store, init, |note| note)?;
+        // Its later QPs get numbers of its own range from the first moment on.
+        agent.moved.host_guest(&self.offer.container, self.offer.lease).map_err(|e| chain(&e))
+    }
+
+    /// For the next agent. What a command restores ends with that command, whatever the agent does.
+    fn write_down(&self, store: &Store, init: i32, stage: impl FnOnce(Note) -> Note) -> Result<(), String> {
+        match &self.by_hand {
+            Some(_) => Ok(()),
+            None => stage(Note::new(&self.source, &self.offer, init, &self.adopted)).write(store.dir()),
         }
     }
 
@@ -445,6 +466,7 @@ impl Arrival {
                 wire.up().map_err(|e| format!("the container's network: {e}"))?;
             }
             agent.doors.bump(&container).map_err(|e| format!("the container's directory: {e}"))?;
+            self.write_down(&store, held.init(), Note::decided)?;
             held.release().map_err(|e| format!("letting the tasks run: {e}"))
         };
         if let Err(why) = run() {
@@ -472,12 +494,11 @@ impl Arrival {
         held: Box<dyn Held>,
     ) -> (State, Result<Answer, Refusal>) {
         let container = self.offer.container.clone();
-        let adopted = match nursery.as_mut().map(|n| n.report()) {
-            None => Ok(Vec::new()),
-            Some(report) => report.map_err(|e| format!("the incubator: {e}")),
-        };
-        let keys = adopted
-            .and_then(|list| adopt(agent, id, &container, alive(agent, &container, held.init(), list, |a| a.vpid)));
+        let there = alive(agent, &container, held.init(), self.adopted.clone(), |a| a.vpid);
+        let keys = adopt(agent, id, &container, there).and_then(|keys| {
+            self.write_down(&store, held.init(), |note| note.with_keys(&keys))?;
+            Ok(keys)
+        });
         match keys {
             Ok(keys) => {
                 if let Some(nursery) = nursery.take()
@@ -543,7 +564,7 @@ impl Arrival {
     }
 }
 
-fn remove_dir(dir: PathBuf) {
+pub(super) fn remove_dir(dir: PathBuf) {
     match fs::remove_dir_all(&dir) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => eprintln!("{}: {e}", dir.display()),
         _ => {}
@@ -602,16 +623,6 @@ fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>,
         }
     }
     Ok(qps)
-}
-
-/// Removes images and bundles that were arriving when the agent ended: what it had restored of them ended with it, and
-/// a source keeps its own until the destination runs. Called once, before anything can arrive.
-pub fn forget_old(agent: &Agent) {
-    let dir = agent.config.state_dir.join("incoming");
-    for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
-        remove_dir(entry.path());
-    }
-    super::landing::recover(agent);
 }
 
 /// Asks the sources of quiet migrations what became of them. Called every now and then.

@@ -78,6 +78,8 @@ pub struct RestoreJob {
     pub incubator: Option<PathBuf>,
     /// Time to reach the last gate.
     pub deadline: Duration,
+    /// Socket at which [`Host::held_at`] finds the restore while it is held, whatever became of who asked for it.
+    pub door: PathBuf,
 }
 
 /// A restored container whose tasks have not run yet.
@@ -162,6 +164,8 @@ pub trait Host: Send + Sync + 'static {
     fn incubate(&self, id: &str, bundle: &Path, socket: &Path) -> Result<Box<dyn Nursery>>;
     /// Restores up to the last gate.
     fn restore(&self, job: &RestoreJob) -> Result<Box<dyn Held>>;
+    /// A restore that somebody else had brought to the last gate and left there; `None` if nothing is held (any more).
+    fn held_at(&self, door: &Path) -> Result<Option<Box<dyn Held>>>;
     /// The container's processes are gone because it moved: removes its state, cgroup and mounts here.
     fn forget(&self, container: &Container) -> Result<()>;
     /// The container's network on this host; `None` for one that has no interface of its own (host network, or none).

@@ -115,6 +115,14 @@ impl Landing {
         }
     }
 
+    /// The complete bundle that an agent before this one received, if the container's bundle came along and nobody has
+    /// decided yet that it stays.
+    pub fn again(agent: &Agent, id: MigrationId) -> Option<Self> {
+        let note = notes(agent).join(format!("{id}.json"));
+        let Note { bundle, fresh, .. } = read_json(&note).ok().flatten()?;
+        Some(Landing { bundle, fresh, note, limit: 0, made_above: None, worker: None })
+    }
+
     /// One order about the tree. `true` at the end of the whole bundle.
     pub fn take(&mut self, agent: &Agent, order: Order) -> Result<bool, String> {
         match order {
@@ -227,7 +235,8 @@ fn clear(bundle: &Path) {
     }
 }
 
-/// Bundles that were in the making when the agent ended: those that no container uses are removed.
+/// Bundles that were in the making when the agent ended: those that no container uses, and no migration that goes on,
+/// are removed.
 pub fn recover(agent: &Agent) {
     let Ok(entries) = fs::read_dir(notes(agent)) else { return };
     let used: Vec<PathBuf> = match agent.host.containers() {
@@ -236,6 +245,10 @@ pub fn recover(agent: &Agent) {
         Err(e) => return eprintln!("unfinished bundles stay: {e}"),
     };
     for path in entries.flatten().map(|e| e.path()) {
+        let id = path.file_stem().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+        if id.is_some_and(|id| agent.desk.has(id)) {
+            continue;
+        }
         match read_json::<Note>(&path) {
             Ok(Some(note)) => {
                 if note.fresh && !used.contains(&note.bundle) {

@@ -46,6 +46,7 @@
 //! | [`forward`] | commit and everything after it |
 //! | [`rebuild`] | objects that the moved processes make by themselves |
 //! | [`dest`] | the receiving side: one state machine per migration |
+//! | `prepared` | what the receiving side writes down, so that a restarted agent goes on from it |
 //! | [`park`], [`revive`] | by command instead: to disk, and from there |
 //! | [`by_hand`] | the command that runs CRIU in these, as the engine's host |
 //! | `newcomers` | which restored processes still exist, and questions to their shims |
@@ -71,6 +72,7 @@ pub(crate) mod pages;
 pub mod park;
 pub mod plan;
 mod precopy;
+pub(crate) mod prepared;
 pub mod quiet;
 pub mod rebuild;
 pub mod recover;

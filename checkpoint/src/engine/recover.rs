@@ -8,7 +8,6 @@ use std::thread;
 use std::time::Duration;
 
 use rdma_virt::id::MigrationId;
-use rdma_virt::msg::Request;
 
 use super::forward::Forward;
 use super::source::Run;
@@ -114,16 +113,8 @@ fn undo(agent: &Arc<Agent>, mut record: Record) {
         if let Err(e) = agent.doors.bump(&record.container) {
             report("the container's directory", &e);
         }
-        // Those that will come back have a few seconds for it; each is told as it comes.
-        let mut done = std::collections::BTreeSet::new();
-        for _ in 0..20 {
-            for shim in agent.shims.of(&record.container) {
-                if !done.contains(&shim.vpid) && shim.ask(Some(id), Request::Abort, wait).is_ok() {
-                    done.insert(shim.vpid);
-                }
-            }
-            thread::sleep(Duration::from_millis(500));
-        }
+        // Now, or as soon as they have come back.
+        agent.let_go_on(id, &record.container);
     }
     if record.to != LOCAL {
         told(&record.to, Order::Abandon);

@@ -382,6 +382,9 @@ impl Host for Script {
     fn restore(&self, _: &RestoreJob) -> crate::engine::host::Result<Box<dyn Held>> {
         Err(HostError("not here".into()))
     }
+    fn held_at(&self, _: &Path) -> crate::engine::host::Result<Option<Box<dyn Held>>> {
+        Ok(None)
+    }
     fn forget(&self, _: &Container) -> crate::engine::host::Result<()> {
         self.step("forget", |t| t.forgotten = true).map_err(HostError)
     }

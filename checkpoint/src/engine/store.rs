@@ -86,6 +86,16 @@ impl Store {
         Ok(Store { dir, given: false, at, rounds: 0, open: None, files: 0, left: limit, limit })
     }
 
+    /// The complete image that an agent before this one received.
+    pub fn again(dir: PathBuf) -> Self {
+        Store { at: dir.join("images"), dir, given: false, rounds: 0, open: None, files: 0, left: 0, limit: 0 }
+    }
+
+    /// The directory of all this.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// An image that an administrator gave; it lies there as a whole.
     pub fn given(images: PathBuf) -> Self {
         Store { at: images.clone(), dir: images, given: true, rounds: 0, open: None, files: 0, left: 0, limit: 0 }

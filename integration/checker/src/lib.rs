@@ -31,6 +31,7 @@ pub mod run;
 pub mod sequence;
 pub mod signals;
 pub mod stats;
+pub mod stuck;
 pub mod threads;
 pub mod timeline;
 pub mod tracker;

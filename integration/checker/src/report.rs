@@ -167,7 +167,8 @@ pub fn watchdog(what: &'static str, limit: Duration) -> Arc<AtomicBool> {
                 return;
             }
         }
-        let _ = crate::timeline::say(&failed(&format!("{what} does not end within {} s", limit.as_secs())));
+        let threads = crate::stuck::threads().join("; ");
+        let _ = crate::timeline::say(&failed(&format!("{what} does not end within {} s: {threads}", limit.as_secs())));
         std::process::exit(1);
     });
     done

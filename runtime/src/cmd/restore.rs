@@ -80,6 +80,7 @@ fn order(options: &RestoreOptions, images: &Path, bundle: &Path) -> Result<Resto
         plugin_dir: None,
         plugin_env: BTreeMap::new(),
         hold: false,
+        door: None,
         deadline_s: Some(common.deadline.as_secs()),
         pid_file: options.pid_file.as_deref().map(absolute).transpose()?,
     })

@@ -8,7 +8,7 @@
 
 use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdma_virt::id::ObjId;
 use rdma_virt::msg::Reply;
@@ -16,7 +16,7 @@ use rdma_virt::msg::Reply;
 use super::session::{Migration, Refused};
 use super::{drain, note, report};
 use crate::context::View;
-use crate::registry;
+use crate::{readers, registry};
 
 const EPOCH: &str = "/run/.migrrdma/epoch";
 
@@ -26,6 +26,9 @@ const STEP: Duration = Duration::from_millis(1);
 /// Steps after which we connect anyhow: an agent that restarted may have forgotten the file. A process that is not
 /// running takes no steps, so the time of a dump or on a disk does not count.
 const PATIENCE: u32 = 120_000;
+
+/// How long threads that have just read an event are waited for.
+const READERS: Duration = Duration::from_millis(500);
 
 /// What the moving process keeps for its arrival.
 pub struct Frozen {
@@ -95,6 +98,8 @@ pub fn freeze(migration: &mut Migration) -> Result<Reply, Refused> {
             cqs.iter().filter(|c| !c.is_dead()).for_each(|c| c.set_frozen(true));
             ctx.srqs().iter().filter(|s| !s.is_dead()).for_each(|s| s.close());
         }
+        // Nothing completes any more, so nobody takes an event after this.
+        readers::settle(Instant::now() + READERS);
         let channels = registry::contexts().into_iter().filter(|c| !c.is_dead()).flat_map(|c| c.channels());
         let unread = channels.filter(|c| !c.is_dead() && is_readable(c.fd())).map(|c| c.id).collect();
         migration.frozen = Some(Frozen { views, unread });

@@ -9,6 +9,7 @@ mod checkers;
 mod copies;
 mod disk;
 mod failures;
+mod faults;
 mod memory;
 mod perftest;
 mod places;
@@ -29,6 +30,7 @@ pub const GROUPS: &[&[Scenario]] = &[
     precopy::CLAIMS,
     rebuild::CLAIMS,
     failures::CLAIMS,
+    faults::CLAIMS,
     copies::CLAIMS,
     disk::CLAIMS,
 ];

@@ -1,0 +1,145 @@
+//! Which containers other hosts' migrations hold here, written down so that an agent that is started goes on from it:
+//! a peer's held sends must go out, or its QPs change over, whatever becomes of its agent meanwhile. And telling shims
+//! that nothing comes of it, those that connect late included. What else a shim is to do its source says, or is asked
+//! (see [`super::peer`]).
+//!
+//! The file lies in the agent's run directory and ends with the host's uptime, as the shims do. Holds of this host's
+//! own migrations are not in it: those have records.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rdma_virt::id::{MigrationId, Vpid};
+use rdma_virt::msg::{Reply, Request};
+use serde::{Deserialize, Serialize};
+
+use super::peer::Claim;
+use super::{Agent, LOCAL, chain, lock};
+use crate::record::read_json;
+
+/// Name of the file.
+const FILE: &str = "claims.json";
+
+/// How long shims that were not connected when their container was let go are told so once they are.
+const LATECOMERS: Duration = Duration::from_secs(120);
+
+/// A container whose migration was undone a short while ago.
+#[derive(Debug)]
+pub(super) struct LetGo {
+    migration: MigrationId,
+    since: Instant,
+    told: BTreeSet<Vpid>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Held {
+    container: String,
+    migration: String,
+    source: String,
+}
+
+fn write(dir: &Path, held: &[Held]) -> std::io::Result<()> {
+    let (path, draft) = (dir.join(FILE), dir.join("claims.json.new"));
+    let text = serde_json::to_vec(held)?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+    file.write_all(&text)?;
+    fs::rename(&draft, &path)
+}
+
+fn read(dir: &Path) -> Vec<Held> {
+    match read_json(&dir.join(FILE)) {
+        Ok(list) => list.unwrap_or_default(),
+        Err(e) => {
+            eprintln!("{}", chain(&e));
+            Vec::new()
+        }
+    }
+}
+
+impl Agent {
+    /// Tells every shim of a container that its migration is undone. After a restart of this agent some may still be on
+    /// their way back to it; those are told when they have come.
+    pub(crate) fn let_go_on(&self, migration: MigrationId, container: &str) {
+        let let_go = LetGo { migration, since: Instant::now(), told: BTreeSet::new() };
+        lock(&self.let_go).insert(container.to_owned(), let_go);
+        self.tell_undone(container);
+    }
+
+    fn tell_undone(&self, container: &str) {
+        let Some((migration, told)) =
+            lock(&self.let_go).get(container).map(|let_go| (let_go.migration, let_go.told.clone()))
+        else {
+            return;
+        };
+        for shim in self.shims.of(container).into_iter().filter(|shim| !told.contains(&shim.vpid)) {
+            match shim.ask(Some(migration), Request::Abort, self.answer_time()) {
+                Ok(Reply::Done) => {}
+                Ok(other) => eprintln!("{} answered abort with {other:?}", shim.who()),
+                Err(e) => {
+                    eprintln!("{}", chain(&e));
+                    continue;
+                }
+            }
+            if let Some(let_go) = lock(&self.let_go).get_mut(container).filter(|l| l.migration == migration) {
+                let_go.told.insert(shim.vpid);
+            }
+        }
+    }
+
+    /// Tells those that have come meanwhile. Called every now and then.
+    pub(super) fn look_after_latecomers(&self) {
+        lock(&self.let_go).retain(|_, let_go| let_go.since.elapsed() < LATECOMERS);
+        let containers: Vec<String> = lock(&self.let_go).keys().cloned().collect();
+        containers.iter().for_each(|container| self.tell_undone(container));
+    }
+
+    /// To be called with the claims as they have just become. What cannot be written is only missed by an agent that
+    /// is restarted right then.
+    pub(super) fn note_claims(&self, claims: &HashMap<String, Claim>) {
+        let others = claims.iter().filter(|(_, c)| c.source != LOCAL && c.parked.is_none());
+        let held: Vec<Held> = others
+            .map(|(container, c)| Held {
+                container: container.clone(),
+                migration: c.migration.to_string(),
+                source: c.source.clone(),
+            })
+            .collect();
+        if let Err(e) = write(&self.config.run_dir, &held) {
+            eprintln!("{}: {e}", self.config.run_dir.join(FILE).display());
+        }
+    }
+
+    /// Holds what the agent before this one held.
+    pub(super) fn recall_claims(&self) {
+        let now = Instant::now();
+        for Held { container, migration, source } in read(&self.config.run_dir) {
+            let Ok(migration) = migration.parse() else { continue };
+            eprintln!("container {container} takes part in {migration} of {source}");
+            let claim = Claim { migration, source, heard: now, since: now, parked: None };
+            lock(&self.claims).entry(container).or_insert(claim);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_held_is_read_again_and_a_damaged_file_holds_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(read(dir.path()), []);
+        let held =
+            |name: &str| Held { container: name.into(), migration: "ab".repeat(16), source: "10.0.0.1:1".into() };
+        write(dir.path(), &[held("a"), held("b")]).unwrap();
+        write(dir.path(), &[held("b")]).unwrap();
+        assert_eq!(read(dir.path()), [held("b")]);
+        fs::write(dir.path().join(FILE), "[{").unwrap();
+        assert_eq!(read(dir.path()), []);
+    }
+}

@@ -1,0 +1,239 @@
+//! What a destination writes down from the moment it is prepared, and how an agent that starts goes on from it.
+//!
+//! A restored container waits in the hands of its monitor, a process of its own, for a decision that only the source
+//! knows. The agent between the two may end at any time: the monitor waits for the next one at its door, and the note
+//! beside the image tells that one what it needs.
+//!
+//! | note | door | found by the next agent |
+//! |---|---|---|
+//! | none | | a migration that was still arriving: removed; the source cannot have committed |
+//! | not decided | open | prepared; the source is asked, or says it |
+//! | not decided | closed | the restore ended without a decision: removed |
+//! | decided | open | prepared: the decision did not reach the monitor, and the source repeats it |
+//! | decided | closed | the tasks run |
+//!
+//! Nothing here is flushed: what is restored does not outlive its host. This is not the record that decides, which
+//! lies with the source.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use rdma_virt::id::{MigrationId, Vpid};
+use rdma_virt::msg::KeyTable;
+use rdma_virt::saved::AdoptedProcess;
+use serde::{Deserialize, Serialize};
+
+use super::dest::{Arrival, Entry, State};
+use super::host::{Held, HostError};
+use super::store::Store;
+use crate::agent::{Agent, chain, lock};
+use crate::image::HandOver;
+use crate::net::msg::Offer;
+use crate::record::read_json;
+
+/// Name of the note in an image's directory.
+const NOTE: &str = "prepared.json";
+/// Name of the monitor's socket there.
+const DOOR: &str = "door.sock";
+/// Version of the note's format.
+const VERSION: u32 = 1;
+
+/// Where the monitor of an image in `dir` waits.
+pub(super) fn door(dir: &Path) -> std::path::PathBuf {
+    dir.join(DOOR)
+}
+
+/// How far a container has come that arrived.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Note {
+    version: u32,
+    /// As in [`Arrival::source`].
+    source: String,
+    offer: Offer,
+    /// Pid of the restored init in the agent's pid namespace.
+    init: i32,
+    /// What the incubator made for its processes, which hold it now.
+    adopted: Vec<AdoptedProcess>,
+    /// The source has committed, and the tasks were about to run.
+    decided: bool,
+    /// What the shims answered, once they did.
+    keys: Option<Vec<(Vpid, KeyTable)>>,
+}
+
+impl Note {
+    pub fn new(source: &str, offer: &Offer, init: i32, adopted: &[AdoptedProcess]) -> Self {
+        let (source, offer, adopted) = (source.to_owned(), offer.clone(), adopted.to_vec());
+        Note { version: VERSION, source, offer, init, adopted, decided: false, keys: None }
+    }
+
+    pub fn decided(self) -> Self {
+        Note { decided: true, ..self }
+    }
+
+    pub fn with_keys(self, keys: &[(Vpid, KeyTable)]) -> Self {
+        Note { keys: Some(keys.to_vec()), ..self.decided() }
+    }
+
+    /// Replaces the note in `dir`, in one step.
+    pub fn write(&self, dir: &Path) -> Result<(), String> {
+        let (path, draft) = (dir.join(NOTE), dir.join("prepared.json.new"));
+        let write = || {
+            let text = serde_json::to_vec(self)?;
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+            file.write_all(&text)?;
+            fs::rename(&draft, &path)
+        };
+        write().map_err(|e: std::io::Error| format!("cannot write {}: {e}", path.display()))
+    }
+
+    fn read(dir: &Path) -> Result<Option<Note>, String> {
+        let note: Option<Note> = read_json(&dir.join(NOTE)).map_err(|e| chain(&e))?;
+        match note {
+            Some(Note { version, .. }) if version != VERSION => Err(format!(
+                "{} has version {version}, and this migrrdma knows {VERSION}; start the one that wrote it",
+                dir.join(NOTE).display()
+            )),
+            note => Ok(note),
+        }
+    }
+}
+
+/// A container whose tasks run already.
+struct Runs(i32);
+
+impl Held for Runs {
+    fn init(&self) -> i32 {
+        self.0
+    }
+
+    fn release(&mut self) -> super::host::Result<()> {
+        Ok(())
+    }
+
+    fn abandon(self: Box<Self>) -> super::host::Result<()> {
+        Err(HostError("its tasks run already".into()))
+    }
+}
+
+/// Goes on with what was prepared when the agent ended, and removes what was still arriving. Called once, before
+/// anything can arrive.
+pub fn take_up(agent: &Agent) {
+    let dir = agent.config.state_dir.join("incoming");
+    for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let id = entry.file_name().to_str().and_then(|name| name.parse::<MigrationId>().ok());
+        let note = match Note::read(&path) {
+            Ok(note) => note,
+            // Its source may have committed: whatever waits there goes on waiting for an agent that understands it.
+            Err(why) => {
+                eprintln!("{why}");
+                continue;
+            }
+        };
+        let held = agent.host.held_at(&door(&path)).unwrap_or_else(|e| {
+            eprintln!("{}: {e}", path.display());
+            None
+        });
+        match (id, note, held) {
+            (Some(id), Some(note), Some(held)) => go_on(agent, id, &path, note, Some(held)),
+            (Some(id), Some(note), None) if note.decided => go_on(agent, id, &path, note, None),
+            (_, _, held) => {
+                if let Some(held) = held
+                    && let Err(e) = held.abandon()
+                {
+                    eprintln!("{}: removing what was restored: {e}", path.display());
+                }
+                super::dest::remove_dir(path);
+            }
+        }
+    }
+    super::landing::recover(agent);
+}
+
+fn go_on(agent: &Agent, id: MigrationId, dir: &Path, note: Note, held: Option<Box<dyn Held>>) {
+    let container = note.offer.container.clone();
+    let store = Store::again(dir.to_owned());
+    let mut arrival = Arrival::new(note.source, note.offer);
+    arrival.adopted = note.adopted;
+    arrival.state = match held {
+        None => {
+            eprintln!("{id} of container {container}: it runs here; going on");
+            agent.take_over(id, &container, &arrival.source);
+            State::Running { nursery: None, store, held: Box::new(Runs(note.init)), keys: note.keys }
+        }
+        Some(held) => {
+            eprintln!("{id} of container {container}: prepared; waiting for the decision of {}", arrival.source);
+            // Its link is down since before its restore.
+            let wire = agent.host.wire(&arrival.offer.bundle, None).unwrap_or_else(|e| {
+                eprintln!("{id}: the container's network: {e}");
+                None
+            });
+            arrival.landing = super::landing::Landing::again(agent, id);
+            State::Prepared { nursery: None, store, held, wire }
+        }
+    };
+    let (init, hand_over) = (note.init, arrival.offer.hand_over);
+    if let (HandOver::Rebuild, State::Prepared { store, .. } | State::Running { store, .. }) =
+        (hand_over, &arrival.state)
+    {
+        match super::rebuild::Here::look(&store.images(), init) {
+            Ok(here) => arrival.rebuild = here,
+            Err(why) => eprintln!("{id}: {why}"),
+        }
+    }
+    lock(&agent.desk.0).insert(id, Entry { container, arrival: Arc::new(Mutex::new(arrival)) });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::msg::Lease;
+    use rdma_virt::id::{PRkey, VRkey};
+
+    fn note() -> Note {
+        let offer = Offer {
+            container: "c".into(),
+            bundle: "/b".into(),
+            from: "src".into(),
+            from_port: 1,
+            criu: 40101,
+            cpu_flags: Vec::new(),
+            processes: Vec::new(),
+            image_bytes: 0,
+            paused: false,
+            lease: Lease { first: 1, count: 2 },
+            hand_over: HandOver::Adopt,
+            copy: None,
+        };
+        Note::new("10.0.0.1:1", &offer, 7, &[AdoptedProcess { vpid: Vpid(1), contexts: Vec::new() }])
+    }
+
+    #[test]
+    fn a_note_is_read_as_it_was_written_in_each_of_its_stages() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Note::read(dir.path()).unwrap(), None);
+        let keys = [(Vpid(1), KeyTable(vec![(VRkey(1), PRkey(2))]))];
+        for (stage, decided, with_keys) in
+            [(note(), false, false), (note().decided(), true, false), (note().with_keys(&keys), true, true)]
+        {
+            stage.write(dir.path()).unwrap();
+            let read = Note::read(dir.path()).unwrap().unwrap();
+            assert_eq!((read.decided, read.keys.is_some()), (decided, with_keys));
+            assert_eq!(read, stage);
+        }
+    }
+
+    #[test]
+    fn a_note_of_another_version_and_a_damaged_one_are_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        Note { version: VERSION + 1, ..note() }.write(dir.path()).unwrap();
+        let why = Note::read(dir.path()).unwrap_err();
+        assert!(why.contains("version 2"), "{why}");
+        fs::write(dir.path().join(NOTE), "{").unwrap();
+        assert!(Note::read(dir.path()).is_err());
+    }
+}
