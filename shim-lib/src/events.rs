@@ -97,13 +97,15 @@ pub unsafe extern "C-unwind" fn ibv_get_cq_event(
     cq_context: *mut *mut c_void,
 ) -> c_int {
     static SYMBOL: Symbol = Symbol::new("ibv_get_cq_event\0", "IBVERBS_1.1\0");
+    // First: what is real may be another thing after waiting.
+    boundary(readers::enter, || ());
     let prepared =
         boundary(|| Some((SYMBOL.address()?, registry::find::<ShadowChannel>(channel).map(|c| c.real()))), || None);
     let Some((address, shadow)) = prepared else {
+        boundary(readers::leave, || ());
         set_errno(libc::ENOSYS);
         return -1;
     };
-    boundary(readers::enter, || ());
     // SAFETY: libibverbs' function of this name has this signature.
     let real = unsafe { std::mem::transmute::<*mut c_void, GetCqEvent>(address) };
     // SAFETY: the caller's promise; a real channel.
@@ -114,6 +116,7 @@ pub unsafe extern "C-unwind" fn ibv_get_cq_event(
         set_errno(errno.0);
         return answer;
     }
+    boundary(readers::book, || ());
     // SAFETY: on success the library filled both.
     boundary(|| unsafe { translate_cq_event(cq, cq_context) }, || ());
     boundary(readers::leave, || ());
@@ -142,13 +145,15 @@ unsafe fn translate_cq_event(cq: *mut *mut ibv_cq, cq_context: *mut *mut c_void)
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn ibv_get_async_event(context: *mut ibv_context, out: *mut ibv_async_event) -> c_int {
     static SYMBOL: Symbol = Symbol::new("ibv_get_async_event\0", "IBVERBS_1.1\0");
+    // First: what is real may be another thing after waiting.
+    boundary(readers::enter, || ());
     let prepared =
         boundary(|| Some((SYMBOL.address()?, registry::find::<ShadowContext>(context).map(|c| c.real()))), || None);
     let Some((address, shadow)) = prepared else {
+        boundary(readers::leave, || ());
         set_errno(libc::ENOSYS);
         return -1;
     };
-    boundary(readers::enter, || ());
     // SAFETY: libibverbs' function of this name has this signature.
     let real = unsafe { std::mem::transmute::<*mut c_void, GetAsyncEvent>(address) };
     // SAFETY: the caller's promise; a real context.
@@ -159,6 +164,7 @@ pub unsafe extern "C-unwind" fn ibv_get_async_event(context: *mut ibv_context, o
         set_errno(errno.0);
         return answer;
     }
+    boundary(readers::book, || ());
     // SAFETY: on success the library filled it.
     boundary(|| unsafe { translate_async_event(out) }, || ());
     boundary(readers::leave, || ());

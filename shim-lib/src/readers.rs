@@ -1,21 +1,56 @@
-//! Threads inside the two verbs that wait for an event. They are not gated, because they may wait for ever; but one
-//! that has taken its event from the kernel and not yet booked it must not be moved in between: the event would be
-//! counted for the new kernel object, which never reported it, and the object's end would wait for ever.
+//! Threads inside the two verbs that wait for an event. They are not gated like others, because they may wait for ever;
+//! but an event and the booking of it must not have a move between them: it would be counted for a kernel object that
+//! never reported it, and the object's end would wait for ever. So around a move
+//!
+//! * nobody begins to wait, and whoever has taken an event books it ([`close`]),
+//! * whoever was waiting in the kernel goes on there, on the new file, and books what it gets only once its objects
+//!   count for the new kernel objects ([`open`]).
 //!
 //! Nothing here has a destructor: a thread may be cancelled while it waits, or leave by a jump. It stays on the list
 //! then, which costs the next freeze a moment of waiting and nothing else.
 
 use std::cell::Cell;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Between two looks at threads that are under way.
 const STEP: Duration = Duration::from_millis(1);
 
-static INSIDE: Mutex<Vec<libc::pid_t>> = Mutex::new(Vec::new());
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Door {
+    Open,
+    /// Nobody comes in.
+    Closing,
+    /// Nor does anybody book.
+    Closed,
+}
 
-fn inside() -> MutexGuard<'static, Vec<libc::pid_t>> {
-    INSIDE.lock().unwrap_or_else(PoisonError::into_inner)
+struct State {
+    door: Door,
+    /// Process that closed it: a child of fork inherits the state, but nobody to open it again.
+    owner: u32,
+    inside: Vec<libc::pid_t>,
+}
+
+impl State {
+    fn door(&self) -> Door {
+        if self.owner == std::process::id() { self.door } else { Door::Open }
+    }
+}
+
+static STATE: Mutex<State> = Mutex::new(State { door: Door::Open, owner: 0, inside: Vec::new() });
+static OPENED: Condvar = Condvar::new();
+
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn wait_while(closed: impl Fn(Door) -> bool) -> MutexGuard<'static, State> {
+    let mut state = state();
+    while closed(state.door()) {
+        state = OPENED.wait(state).unwrap_or_else(PoisonError::into_inner);
+    }
+    state
 }
 
 thread_local! {
@@ -43,16 +78,22 @@ fn gettid() -> libc::pid_t {
 
 /// This thread is about to wait for an event.
 pub fn enter() {
-    let (tid, mut list) = (tid(), inside());
-    if !list.contains(&tid) {
-        list.push(tid);
+    let tid = tid();
+    let mut state = wait_while(|door| door != Door::Open);
+    if !state.inside.contains(&tid) {
+        state.inside.push(tid);
     }
 }
 
-/// It has booked what it got.
+/// It is about to book what it got.
+pub fn book() {
+    drop(wait_while(|door| door == Door::Closed));
+}
+
+/// It has booked it, or got nothing.
 pub fn leave() {
     let tid = tid();
-    inside().retain(|t| *t != tid);
+    state().inside.retain(|t| *t != tid);
 }
 
 /// Whether this thread waits in the kernel for something to read, or is not there any more.
@@ -63,74 +104,80 @@ fn waits(tid: libc::pid_t) -> bool {
     }
 }
 
-/// Returns when every thread inside waits in the kernel, where it will wait again after a move. A thread that is
-/// stopped, or left without a word, is waited for until `deadline`.
-pub fn settle(deadline: Instant) {
-    let mut open: Vec<libc::pid_t> = inside().clone();
+/// Nobody takes an event from here on, until [`open`]. Returns when every thread inside waits in the kernel, where it
+/// will wait again after a move. A thread that is stopped, or left without a word, is waited for until `deadline`.
+pub fn close(deadline: Instant) {
+    let mut under_way = {
+        let mut state = state();
+        (state.door, state.owner) = (Door::Closing, std::process::id());
+        state.inside.clone()
+    };
     loop {
-        open.retain(|tid| !waits(*tid) && inside().contains(tid));
-        if open.is_empty() || Instant::now() >= deadline {
+        under_way.retain(|tid| !waits(*tid) && state().inside.contains(tid));
+        if under_way.is_empty() || Instant::now() >= deadline {
+            state().door = Door::Closed;
             return;
         }
         std::thread::sleep(STEP);
     }
 }
 
+/// Everybody goes on.
+pub fn open() {
+    state().door = Door::Open;
+    OPENED.notify_all();
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc::channel;
 
+    /// One test, because the door is the process'.
     #[test]
-    fn a_reader_that_waits_is_settled_and_one_that_works_is_waited_for() {
-        let (mut out, mut input) = std::os::unix::net::UnixStream::pair().unwrap();
+    fn whoever_waits_in_the_kernel_books_after_the_move_and_whoever_has_an_event_before_it() {
+        let (pipe, mut input) = std::io::pipe().unwrap();
         let (told, tell) = channel();
-        let working = std::sync::Arc::new(AtomicBool::new(true));
-        let goes_on = working.clone();
         let reader = std::thread::spawn(move || {
-            enter();
-            told.send(()).unwrap();
-            out.read_exact(&mut [0]).unwrap();
-            told.send(()).unwrap();
-            while goes_on.load(Ordering::SeqCst) {
-                std::hint::spin_loop();
+            for _ in 0..2 {
+                enter();
+                told.send("waits").unwrap();
+                (&pipe).read_exact(&mut [0]).unwrap();
+                book();
+                told.send("books").unwrap();
+                // Long enough to be found between the two.
+                std::thread::sleep(Duration::from_millis(30));
+                leave();
+                told.send("left").unwrap();
             }
-            leave();
         });
-        tell.recv().unwrap();
         let long = Duration::from_secs(20);
-        let start = Instant::now();
-        // UnixStream reads with recv; what counts as waiting is the call that libibverbs makes.
-        settle(start + Duration::from_millis(20));
-        assert!(start.elapsed() >= Duration::from_millis(20));
-        input.write_all(&[1]).unwrap();
-        tell.recv().unwrap();
-        std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(50));
-            working.store(false, Ordering::SeqCst);
-        });
-        settle(Instant::now() + long);
-        assert!(start.elapsed() < long, "it ended and was still waited for");
-        reader.join().unwrap();
-    }
+        let next = |what| assert_eq!(tell.recv_timeout(long), Ok(what));
+        let silent = || assert!(tell.recv_timeout(Duration::from_millis(60)).is_err());
 
-    #[test]
-    fn a_reader_in_read_is_settled_at_once() {
-        let (out, input) = std::io::pipe().unwrap();
-        let (told, tell) = channel();
-        let reader = std::thread::spawn(move || {
-            enter();
-            told.send(()).unwrap();
-            let _ = (&out).read(&mut [0]);
-            leave();
-        });
-        tell.recv().unwrap();
+        // It has an event: closing waits until that is booked, and then it does not come in again.
+        next("waits");
+        input.write_all(&[1]).unwrap();
+        next("books");
         let start = Instant::now();
-        settle(start + Duration::from_secs(20));
-        assert!(start.elapsed() < Duration::from_secs(10), "a thread in read was waited for");
-        drop(input);
+        close(start + long);
+        assert!(start.elapsed() < long, "it left and was still waited for");
+        next("left");
+        silent();
+        open();
+
+        // It waits in the kernel: closing does not wait for it, and what it gets then is booked after the opening.
+        next("waits");
+        while !state().inside.iter().all(|tid| waits(*tid)) {
+            std::thread::sleep(STEP);
+        }
+        close(Instant::now() + long);
+        input.write_all(&[1]).unwrap();
+        silent();
+        open();
+        next("books");
+        next("left");
         reader.join().unwrap();
     }
 }

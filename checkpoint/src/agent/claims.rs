@@ -45,6 +45,12 @@ struct Held {
 
 fn write(dir: &Path, held: &[Held]) -> std::io::Result<()> {
     let (path, draft) = (dir.join(FILE), dir.join("claims.json.new"));
+    if held.is_empty() {
+        return match fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        };
+    }
     let text = serde_json::to_vec(held)?;
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
     file.write_all(&text)?;
@@ -139,6 +145,8 @@ mod tests {
         write(dir.path(), &[held("a"), held("b")]).unwrap();
         write(dir.path(), &[held("b")]).unwrap();
         assert_eq!(read(dir.path()), [held("b")]);
+        write(dir.path(), &[]).unwrap();
+        assert!(!dir.path().join(FILE).exists());
         fs::write(dir.path().join(FILE), "[{").unwrap();
         assert_eq!(read(dir.path()), []);
     }

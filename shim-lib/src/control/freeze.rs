@@ -99,7 +99,7 @@ pub fn freeze(migration: &mut Migration) -> Result<Reply, Refused> {
             ctx.srqs().iter().filter(|s| !s.is_dead()).for_each(|s| s.close());
         }
         // Nothing completes any more, so nobody takes an event after this.
-        readers::settle(Instant::now() + READERS);
+        readers::close(Instant::now() + READERS);
         let channels = registry::contexts().into_iter().filter(|c| !c.is_dead()).flat_map(|c| c.channels());
         let unread = channels.filter(|c| !c.is_dead() && is_readable(c.fd())).map(|c| c.id).collect();
         migration.frozen = Some(Frozen { views, unread });

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::session::{Migration, Refused, alone};
 use crate::qp::ShadowQp;
-use crate::{gate, registry};
+use crate::{gate, readers, registry};
 
 /// Lets held sends go out. Those that still have some, because their queue is full, are returned: call again when
 /// the NIC has taken some.
@@ -27,6 +27,7 @@ pub fn resume(migration: &mut Migration) -> Result<Vec<Arc<ShadowQp>>, Refused> 
     drop_seconds(migration);
     if migration.moving {
         gate::thaw();
+        readers::open();
     }
     Ok(std::mem::take(&mut migration.qps))
 }
@@ -61,6 +62,7 @@ pub fn abort(migration: &mut Migration) -> Result<Undone, Refused> {
     drop_seconds(migration);
     if migration.moving {
         gate::thaw();
+        readers::open();
     }
     let result = if failed.is_empty() {
         Ok(())

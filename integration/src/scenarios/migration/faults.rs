@@ -93,7 +93,7 @@ fn killed(ctx: &mut Context, victim: Victim, phases: &[&str]) -> Result<()> {
 fn one(stage: &mut Stage, pair: &Pair, (at, to): (&str, &str), phase: &str, node: &str) -> Result<bool> {
     let running = stage.begin_migration(&pair.client, to, &[])?;
     running.wait_for(&format!("\"enter\",\"phase\":\"{phase}\""), Duration::from_secs(120))?;
-    let again = format!("systemctl kill --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}");
+    let again = format!("systemctl kill --kill-whom=main --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}");
     stage.ctx.node(node)?.sh(&again)?;
     let out = running.wait(ORDER)?;
     ensure!(!out.done.timed_out, "the migration did not end by itself:\n{}", tail(&out.text()));
