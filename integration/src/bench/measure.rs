@@ -41,18 +41,24 @@ pub struct Load {
     pub rate: u32,
     /// Further options of every `migrrdma migrate`.
     pub migrate_options: Vec<String>,
+    /// Registered memory lies in files, as far as a container uses RDMA.
+    pub memory_in_files: bool,
 }
 
 impl Load {
     /// As part of the key of measurements.
     pub fn key(&self) -> String {
-        format!("rate {}; {}", self.rate, self.migrate_options.join(" "))
+        let memory = if self.memory_in_files { "files" } else { "private" };
+        format!("rate {}; memory {memory}; {}", self.rate, self.migrate_options.join(" "))
     }
 }
 
 /// Makes one measurement. What it leaves after a failure is the caller's to clean, by resetting the nodes.
 pub fn measure(ctx: &mut Context, item: &Item, load: &Load, counting: bool) -> Result<Seen> {
     let mut stage = Stage::new(ctx);
+    if load.memory_in_files && matches!(item.variant, Variant::B | Variant::C) {
+        stage.memory_in_files();
+    }
     let seen = match item.variant {
         Variant::D => by_hand(&mut stage, item)?,
         _ => with_migrrdma(&mut stage, item, load, counting)?,
@@ -363,14 +369,14 @@ mod tests {
     #[test]
     fn amounts_are_dealt_out_to_the_peers() {
         let item = Item { round: 0, variant: Variant::B, cell: Cell { qps: 8, registered: 16, peers: 4 } };
-        let line = moved_command(&item, &Load { rate: 400, migrate_options: vec![] }).join(" ");
+        let line = moved_command(&item, &Load { rate: 400, migrate_options: vec![], memory_in_files: true }).join(" ");
         assert!(
             line.contains("--qps 2 ") && line.contains("--registered 4 ") && line.contains("--rate 100 "),
             "{line}"
         );
         let item = Item { variant: Variant::A, cell: item.cell.baseline(), ..item };
         assert!(
-            moved_command(&item, &Load { rate: 0, migrate_options: vec![] })
+            moved_command(&item, &Load { rate: 0, migrate_options: vec![], memory_in_files: true })
                 .join(" ")
                 .contains("hold --connect 10.20.0.182 --processes 4")
         );

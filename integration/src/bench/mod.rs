@@ -75,6 +75,10 @@ pub struct Options {
     /// Operations per second and end; 0 is as many as possible. Measurements of different rates are kept apart
     #[arg(long, value_name = "N", default_value_t = 500)]
     pub rate: u32,
+    /// Where registered memory lies: `files`, which go ahead of the pause, or `private`, which CRIU copies in it.
+    /// Measurements of each are kept apart
+    #[arg(long, value_name = "WHERE", default_value = "files", value_parser = ["files", "private"])]
+    pub memory: String,
     /// A further option of every `migrrdma migrate`, as in --migrate-option=--pre-copy-rounds=0 (repeatable).
     /// Measurements with different ones are kept apart
     #[arg(long = "migrate-option", value_name = "OPTION", allow_hyphen_values = true)]
@@ -117,7 +121,11 @@ impl Options {
 /// Runs the benchmark as far as it gets, and shows what there is then.
 pub fn run(options: &Options) -> Result<()> {
     let matrix = options.matrix()?;
-    let load = Load { rate: options.rate, migrate_options: options.migrate_options.clone() };
+    let load = Load {
+        rate: options.rate,
+        migrate_options: options.migrate_options.clone(),
+        memory_in_files: options.memory == "files",
+    };
     let paths = Paths::new()?;
     if !options.no_build && !options.report_only {
         crate::setup::ensure()?;
