@@ -11,8 +11,12 @@ use crate::id::{MigrationId, PGid, PQpn, PRkey, VGid, VQpn, VRkey, Vpid};
 use crate::saved::{AdoptedProcess, ProcessState, RebuildProcess, RebuiltQp};
 use serde::{Deserialize, Serialize};
 
-/// Version of this protocol. An agent accepts this one and the one before.
-pub const VERSION: u32 = 1;
+/// Version of this protocol. A container keeps the shim it was started with, so agents go on speaking what released
+/// shims speak; before the first release there is nothing to go on with.
+pub const VERSION: u32 = 2;
+
+/// The oldest one an agent understands.
+pub const OLDEST: u32 = 2;
 
 /// Start of every frame.
 pub const MAGIC: [u8; 4] = *b"mrd1";

@@ -408,7 +408,13 @@ impl Host for MigrationHost {
 
     fn forget(&self, container: &Container) -> host::Result<()> {
         let forget = || {
+            if !self.root.join(&container.id).exists() {
+                return Ok(());
+            }
             let handle = ContainerHandle::load(&self.root, &container.id)?;
+            if handle.container.state.pid != Some(container.init) {
+                return Ok(());
+            }
             if let Ok(cgroup) = handle.cgroup() {
                 // Frozen tasks that were killed go only when they are let go.
                 let _ = cgroup.thaw();

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::{PGid, PQpn, VGid, VQpn, Vpid};
-use rdma_virt::msg::{Answer, Ask, Hello, Role, VERSION};
+use rdma_virt::msg::{Answer, Ask, Hello, OLDEST, Role, VERSION};
 
 use super::{Agent, LOCAL, facts, lock, procs};
 use crate::moved;
@@ -62,8 +62,9 @@ impl Agent {
         stream.set_read_timeout(Some(FIRST_WORDS)).map_err(both)?;
         stream.set_write_timeout(Some(FIRST_WORDS)).map_err(both)?;
         let mut hello: Hello = SHIM.read(stream).map_err(|e| super::chain(&e))?;
-        if hello.version != VERSION && hello.version + 1 != VERSION {
-            return Err(format!("it speaks version {} of the protocol, this agent {VERSION}", hello.version));
+        if !(OLDEST..=VERSION).contains(&hello.version) {
+            let spoken = if OLDEST == VERSION { VERSION.to_string() } else { format!("{OLDEST} to {VERSION}") };
+            return Err(format!("it speaks version {} of the protocol, this agent {spoken}", hello.version));
         }
         if procs::vpid_of(pid) != Some(hello.vpid) {
             return Err(format!("it says it is pid {} in its container, the kernel says otherwise", hello.vpid.0));

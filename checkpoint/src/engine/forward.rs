@@ -11,8 +11,10 @@ use rdma_virt::msg::{KeyTable, Reply, Request};
 use rdma_virt::saved::ProcessState;
 use serde::{Deserialize, Serialize};
 
+use super::host::Container;
 use super::plan::{Plan, Switches};
 use super::source::{Run, Stop, confused};
+use crate::agent::procs;
 use crate::image::HandOver;
 use crate::net::msg::{Answer, Lease, Order};
 use crate::record::{State, now};
@@ -28,6 +30,9 @@ pub(super) struct Forward {
     pub lease: Lease,
     #[serde(default)]
     pub hand_over: HandOver,
+    /// What ends here; `None` where nothing does.
+    #[serde(default)]
+    pub container: Option<Container>,
 }
 
 /// 16 random bytes.
@@ -55,6 +60,7 @@ impl Run<'_> {
             states: self.states.clone(),
             lease: self.lease,
             hand_over: self.hand_over,
+            container: self.container.clone(),
         };
         self.world.host().gone_to(&self.request.container, Some(&self.to));
         self.effects.dumped = true;
@@ -111,7 +117,10 @@ impl Run<'_> {
 
     /// Whatever became of CRIU: nothing of the container may ever run here again.
     pub(super) fn kill_what_is_left(&self) {
-        if let Some(container) = &self.container {
+        // A new container may have the name, and the cgroup, of one that moved long ago.
+        if let Some(container) = &self.container
+            && procs::in_cgroup(container.init, &container.cgroup)
+        {
             // The cgroup may be gone with its last task.
             let _ = fs::write(container.cgroup.join("cgroup.kill"), "1");
         }

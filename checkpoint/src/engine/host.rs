@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rdma_virt::saved::{AdoptedProcess, ProcessState};
+use serde::{Deserialize, Serialize};
 
 use crate::net::msg::JoinLink;
 
@@ -34,7 +35,7 @@ impl HostError {
 pub type Result<T> = std::result::Result<T, HostError>;
 
 /// A container as its runtime knows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
     pub id: String,
     /// Pid of its init in the agent's pid namespace.
@@ -166,7 +167,8 @@ pub trait Host: Send + Sync + 'static {
     fn restore(&self, job: &RestoreJob) -> Result<Box<dyn Held>>;
     /// A restore that somebody else had brought to the last gate and left there; `None` if nothing is held (any more).
     fn held_at(&self, door: &Path) -> Result<Option<Box<dyn Held>>>;
-    /// The container's processes are gone because it moved: removes its state, cgroup and mounts here.
+    /// The container's processes are gone because it moved: removes its state, cgroup and mounts here. One that is gone
+    /// already, or has another init by now, is left alone.
     fn forget(&self, container: &Container) -> Result<()>;
     /// The container's network on this host; `None` for one that has no interface of its own (host network, or none).
     fn wire(&self, bundle: &Path, init: Option<i32>) -> Result<Option<Box<dyn Wire>>>;

@@ -418,6 +418,7 @@ impl Run<'_> {
             states: self.states.clone(),
             lease: self.lease,
             hand_over: self.hand_over,
+            container: None,
         };
         self.decide(&forward)?;
         self.tell_destination()?;

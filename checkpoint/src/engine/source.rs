@@ -312,12 +312,12 @@ impl<'a> Run<'a> {
 
     /// Takes up a committed migration whose agent was restarted.
     pub(super) fn go_on(&mut self, record: Record, forward: super::forward::Forward) {
-        let super::forward::Forward { plan, states, lease, hand_over } = forward;
+        let super::forward::Forward { plan, states, lease, hand_over, container } = forward;
         self.hand_over = hand_over;
         self.effects.committed = true;
         self.effects.claimed = record.peers.iter().map(|(agent, _)| agent.clone()).collect();
         self.effects.images = Some(self.world.config().state_dir.join("outgoing").join(&record.id));
-        self.container = self.world.host().container(&record.container).ok();
+        self.container = container;
         self.to = record.to.clone();
         (self.record, self.plan, self.states, self.lease) = (record, plan, states, lease);
     }
