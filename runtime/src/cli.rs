@@ -459,6 +459,9 @@ pub struct StatusArgs {
     /// JSON instead of text
     #[arg(long)]
     pub json: bool,
+    /// The agent's metrics instead, in the Prometheus text format
+    #[arg(long, conflicts_with = "json")]
+    pub metrics: bool,
     /// The agent's settings (where its socket is)
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

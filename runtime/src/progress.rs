@@ -94,7 +94,8 @@ fn plain(event: &Event) {
         | Event::Restore { .. }
         | Event::Go
         | Event::Refuse { .. }
-        | Event::Dropped { .. } => {}
+        | Event::Dropped { .. }
+        | Event::Metrics { .. } => {}
         // These become the program's error message.
         Event::Refused { .. } | Event::Undone { .. } | Event::Unfinished { .. } | Event::Error { .. } => {}
     }

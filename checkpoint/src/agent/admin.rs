@@ -17,6 +17,7 @@ use std::time::Duration;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::{Deserialize, Serialize};
 
+use super::metrics::{Door, Reason};
 use super::status::Status;
 use super::{Agent, StartError};
 use crate::engine::by_hand::{Clerk, Word};
@@ -34,6 +35,8 @@ const LINE: u64 = 64 << 10;
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     Status,
+    /// The page of metrics.
+    Metrics,
     Migrate(MigrateRequest),
     /// Checkpoint or pre-dump by the program at the other end, which runs CRIU when it is told to.
     Checkpoint(CheckpointRequest),
@@ -57,6 +60,9 @@ pub enum Request {
 pub enum Event {
     Status {
         status: Box<Status>,
+    },
+    Metrics {
+        text: String,
     },
     /// The migration has a name now.
     Begin {
@@ -173,11 +179,13 @@ fn converse(agent: &Arc<Agent>, stream: UnixStream) {
     let clerk: Arc<dyn Clerk> = talk.clone();
     let tell = |event: Event| talk.send(&event);
     if !is_root {
+        agent.metrics.rejected(Door::Admin, Reason::Rights);
         tell(Event::Error { text: "only root may ask".into() });
         return;
     }
     match next(&mut reader) {
         Ok(Some(Request::Status)) => tell(Event::Status { status: Box::new(agent.status()) }),
+        Ok(Some(Request::Metrics)) => tell(Event::Metrics { text: agent.metrics_page() }),
         Ok(Some(Request::Migrate(request))) => {
             let cancel = Arc::new(Cancel::default());
             watch(reader, cancel.clone(), words);
@@ -205,7 +213,10 @@ fn converse(agent: &Arc<Agent>, stream: UnixStream) {
             tell(Event::Error { text: "nothing runs on this connection".into() });
         }
         Ok(None) => {}
-        Err(text) => tell(Event::Error { text }),
+        Err(text) => {
+            agent.metrics.rejected(Door::Admin, Reason::Malformed);
+            tell(Event::Error { text });
+        }
     }
 }
 

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use rdma_virt::id::{PGid, PQpn, VGid, VQpn, Vpid};
 use rdma_virt::msg::{Answer, Ask, Hello, OLDEST, Role, VERSION};
 
+use super::metrics::{Door, Lookup, Reason};
 use super::{Agent, LOCAL, facts, lock, procs};
 use crate::moved;
-use crate::net::frame::SHIM;
+use crate::net::frame::{FrameError, SHIM};
 use crate::net::msg::{self, Order, Resolved};
 
 /// A caller says who it is and what it wants within this time.
@@ -38,39 +39,66 @@ impl super::doors::Caller for Agent {
     fn serve(&self, container: &str, pid: i32, mut stream: UnixStream) {
         let hello = match self.greet(container, pid, &mut stream) {
             Ok(hello) => hello,
-            Err(why) => {
-                eprintln!("container {container}, pid {pid} on this host: {why}");
+            Err(no) => {
+                eprintln!("container {container}, pid {pid} on this host: {}", no.why);
+                no.reason.into_iter().for_each(|reason| self.rejected(reason));
                 return;
             }
         };
         let served = match hello.role {
-            Role::Control => self
-                .shims
-                .serve(container, hello.vpid, &hello.comm, pid, stream)
-                .map_err(|e| format!("its control connection: {e}")),
-            Role::Ask => self.answer(container, hello.vpid, &mut stream),
+            Role::Control => match self.shims.serve(container, hello.vpid, &hello.comm, pid, stream) {
+                Ok(FrameError::Closed | FrameError::Io(_)) => Ok(()),
+                Ok(end) => Err(end.into()),
+                Err(e) => Err(No { reason: None, why: format!("its control connection: {e}") }),
+            },
+            Role::Ask => self.answer(container, hello.vpid, &mut stream).map_err(No::from),
         };
-        if let Err(why) = served {
-            eprintln!("container {container}, {} (pid {}): {why}", hello.comm, hello.vpid.0);
+        if let Err(no) = served {
+            eprintln!("container {container}, {} (pid {}): {}", hello.comm, hello.vpid.0, no.why);
+            no.reason.into_iter().for_each(|reason| self.rejected(reason));
         }
+    }
+
+    fn rejected(&self, reason: Reason) {
+        self.metrics.rejected(Door::Containers, reason);
+    }
+}
+
+/// Why somebody is not heard: in a word that is counted, if it is worth counting, and in a sentence.
+struct No {
+    reason: Option<Reason>,
+    why: String,
+}
+
+impl No {
+    fn because(reason: Reason, why: impl Into<String>) -> Self {
+        No { reason: Some(reason), why: why.into() }
+    }
+}
+
+impl From<FrameError> for No {
+    fn from(e: FrameError) -> Self {
+        No { reason: Reason::of(&e), why: super::chain(&e) }
     }
 }
 
 impl Agent {
-    fn greet(&self, container: &str, pid: i32, stream: &mut UnixStream) -> Result<Hello, String> {
-        let both = |e: std::io::Error| e.to_string();
+    fn greet(&self, container: &str, pid: i32, stream: &mut UnixStream) -> Result<Hello, No> {
+        let both = |e: std::io::Error| No { reason: None, why: e.to_string() };
         stream.set_read_timeout(Some(FIRST_WORDS)).map_err(both)?;
         stream.set_write_timeout(Some(FIRST_WORDS)).map_err(both)?;
-        let mut hello: Hello = SHIM.read(stream).map_err(|e| super::chain(&e))?;
+        let mut hello: Hello = SHIM.read(stream)?;
         if !(OLDEST..=VERSION).contains(&hello.version) {
             let spoken = if OLDEST == VERSION { VERSION.to_string() } else { format!("{OLDEST} to {VERSION}") };
-            return Err(format!("it speaks version {} of the protocol, this agent {spoken}", hello.version));
+            let why = format!("it speaks version {} of the protocol, this agent {spoken}", hello.version);
+            return Err(No::because(Reason::Version, why));
         }
         if procs::vpid_of(pid) != Some(hello.vpid) {
-            return Err(format!("it says it is pid {} in its container, the kernel says otherwise", hello.vpid.0));
+            let why = format!("it says it is pid {} in its container, the kernel says otherwise", hello.vpid.0);
+            return Err(No::because(Reason::Credentials, why));
         }
         if !self.lives_in(container, pid) {
-            return Err("it does not live in that container".into());
+            return Err(No::because(Reason::Rights, "it does not live in that container"));
         }
         hello.comm.retain(|c| !c.is_control());
         hello.comm.truncate(hello.comm.char_indices().nth(32).map_or(hello.comm.len(), |(at, _)| at));
@@ -93,8 +121,8 @@ impl Agent {
         }
     }
 
-    fn answer(&self, container: &str, vpid: Vpid, stream: &mut UnixStream) -> Result<(), String> {
-        let ask: Ask = SHIM.read(stream).map_err(|e| super::chain(&e))?;
+    fn answer(&self, container: &str, vpid: Vpid, stream: &mut UnixStream) -> Result<(), FrameError> {
+        let ask: Ask = SHIM.read(stream)?;
         let answer = match ask {
             Ask::RegisterQp { pqpn } => match self.register(container, vpid, pqpn) {
                 Ok(vqpn) => Answer::Registered { vqpn },
@@ -102,12 +130,13 @@ impl Agent {
             },
             Ask::Resolve { vgid, vqpn } => {
                 let found = self.resolve(vgid, vqpn);
+                self.metrics.lookup(Lookup::Resolve, found.is_some());
                 let identity = Resolved { pgid: PGid(vgid.0), pqpn: PQpn(vqpn.0), keys: Vec::new() };
                 let Resolved { pgid, pqpn, keys } = found.unwrap_or(identity);
                 Answer::Resolved { pgid, pqpn, keys }
             }
         };
-        SHIM.write(stream, &answer).map_err(|e| super::chain(&e))
+        SHIM.write(stream, &answer)
     }
 
     fn register(&self, container: &str, vpid: Vpid, pqpn: PQpn) -> Result<VQpn, moved::NumberError> {
@@ -130,10 +159,12 @@ impl Agent {
 
     /// What this agent knows by itself, or through the container's present home: answers [`Order::Resolve`].
     pub fn resolve_for_other(&self, vgid: VGid, vqpn: VQpn) -> Option<Resolved> {
-        self.resolve_here(vgid, vqpn).or_else(|| {
+        let found = self.resolve_here(vgid, vqpn).or_else(|| {
             let homes = self.moved.homes(vgid, vqpn);
             homes.into_iter().filter(|at| at != LOCAL).find_map(|at| self.resolve_there(&at, vgid, vqpn))
-        })
+        });
+        self.metrics.lookup(Lookup::ResolveForAgent, found.is_some());
+        found
     }
 
     fn resolve_here(&self, vgid: VGid, vqpn: VQpn) -> Option<Resolved> {
@@ -170,5 +201,48 @@ impl Agent {
                 None
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::Config;
+    use super::super::doors::Caller;
+    use super::*;
+    use crate::engine::fixture::IdleHost;
+    use std::io::Write;
+    use std::sync::Arc;
+
+    #[test]
+    fn who_is_not_heard_is_counted_by_the_reason_and_who_just_leaves_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config { state_dir: dir.path().join("s"), run_dir: dir.path().join("r"), ..Config::default() };
+        std::fs::create_dir_all(&config.run_dir).unwrap();
+        let agent = Agent::new(config, Arc::new(IdleHost)).unwrap();
+        let counts = || {
+            let start = "migrrdma_rejected_requests_total{door=\"containers\",reason=";
+            let page = agent.metrics.page();
+            let counts = page.lines().filter_map(|l| l.strip_prefix(start)).filter(|l| !l.ends_with(" 0"));
+            counts.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let own = i32::try_from(std::process::id()).unwrap();
+        let say = |bytes: &[u8]| {
+            let (agents, mut end) = UnixStream::pair().unwrap();
+            end.write_all(bytes).unwrap();
+            drop(end);
+            Caller::serve(&*agent, "web", own, agents);
+        };
+        let hello = |version, vpid| SHIM.encode(&Hello { version, vpid, comm: "app".into(), role: Role::Ask }).unwrap();
+        let vpid = procs::vpid_of(own).unwrap();
+        say(b"");
+        say(&hello(VERSION, vpid)[..5]);
+        assert!(counts().is_empty());
+        say(b"GET /metrics HTTP/1.1\r\n\r\n");
+        assert_eq!(counts(), ["\"malformed\"} 1"]);
+        say(&hello(VERSION + 1, vpid));
+        say(&hello(VERSION, Vpid(vpid.0 + 1)));
+        // It is who it says it is, but lives elsewhere.
+        say(&hello(VERSION, vpid));
+        assert_eq!(counts(), ["\"credentials\"} 1", "\"malformed\"} 1", "\"rights\"} 1", "\"version\"} 1"]);
     }
 }

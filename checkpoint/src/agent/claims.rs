@@ -17,7 +17,7 @@ use rdma_virt::id::{MigrationId, Vpid};
 use rdma_virt::msg::{Reply, Request};
 use serde::{Deserialize, Serialize};
 
-use super::peer::Claim;
+use super::peer::{Claim, Why};
 use super::{Agent, LOCAL, chain, lock};
 use crate::record::read_json;
 
@@ -122,11 +122,12 @@ impl Agent {
 
     /// Holds what the agent before this one held.
     pub(super) fn recall_claims(&self) {
-        let now = Instant::now();
         for Held { container, migration, source } in read(&self.config.run_dir) {
             let Ok(migration) = migration.parse() else { continue };
             eprintln!("container {container} takes part in {migration} of {source}");
-            let claim = Claim { migration, source, heard: now, since: now, parked: None };
+            // What arrived is on the desk again already.
+            let why = if self.desk.bringing(&container) == Some(migration) { Why::Moves } else { Why::Peer };
+            let claim = Claim::new(migration, source, why);
             lock(&self.claims).entry(container).or_insert(claim);
         }
     }

@@ -2,7 +2,7 @@
 //! because a misspelt setting that is silently ignored is worse.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,8 @@ pub struct Config {
     pub gid_map: BTreeMap<IpAddr, String>,
     /// Agents to ask when a GID says nothing about its host (link-local ones).
     pub agents: Vec<String>,
+    /// `address:port` where anybody may fetch the metrics over plain HTTP; nowhere if absent.
+    pub metrics: Option<SocketAddr>,
     /// What must survive a reboot.
     pub state_dir: PathBuf,
     /// Sockets and what is shared with containers.
@@ -82,6 +84,7 @@ impl Default for Config {
             tls: TlsFiles::default(),
             gid_map: BTreeMap::new(),
             agents: Vec::new(),
+            metrics: None,
             state_dir: "/var/lib/migrrdma".into(),
             run_dir: "/run/migrrdma-agent".into(),
             deadlines: Deadlines::default(),
@@ -140,6 +143,11 @@ mod tests {
         assert!(matches!(Config::load(Some(&path)), Err(ConfigError::Form { .. })));
         std::fs::write(&path, r#"{"listen": "0.0.0.0:1", "gid_map": {"fe80::1": "a:2"}}"#).unwrap();
         assert_eq!(Config::load(Some(&path)).unwrap().port(), 1);
+        std::fs::write(&path, r#"{"metrics": "127.0.0.1:9464"}"#).unwrap();
+        assert_eq!(Config::load(Some(&path)).unwrap().metrics, Some(SocketAddr::from(([127, 0, 0, 1], 9464))));
+        std::fs::write(&path, r#"{"metrics": "9464"}"#).unwrap();
+        assert!(matches!(Config::load(Some(&path)), Err(ConfigError::Form { .. })));
+        assert_eq!(Config::default().metrics, None);
         assert!(matches!(Config::load(Some(&dir.path().join("none"))), Err(ConfigError::Read { .. })));
     }
 }

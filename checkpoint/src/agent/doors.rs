@@ -20,6 +20,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
+use super::metrics::Reason;
+
 /// Name of the socket in a container's directory.
 pub const SOCKET: &str = "agent.sock";
 
@@ -38,6 +40,8 @@ pub trait Caller: Send + Sync + 'static {
     fn serve(&self, container: &str, pid: i32, stream: UnixStream);
     /// The container's directory is gone, or another one has its name.
     fn gone(&self, container: &str);
+    /// Somebody was not even asked what they want.
+    fn rejected(&self, reason: Reason);
 }
 
 struct Door {
@@ -185,11 +189,16 @@ fn accept(id: &str, door: &Door, caller: &Arc<dyn Caller>) {
             Ok(pid) => pid,
             Err(e) => {
                 eprintln!("container {id}: a connection without credentials: {e}");
+                caller.rejected(Reason::Credentials);
                 continue;
             }
         };
-        if door.open.fetch_add(1, Ordering::Relaxed) >= MOST || stream.set_nonblocking(false).is_err() {
+        let many = door.open.fetch_add(1, Ordering::Relaxed) >= MOST;
+        if many || stream.set_nonblocking(false).is_err() {
             door.open.fetch_sub(1, Ordering::Relaxed);
+            if many {
+                caller.rejected(Reason::Flood);
+            }
             continue;
         }
         let (caller, count, id) = (caller.clone(), door.open.clone(), id.to_owned());
@@ -230,6 +239,10 @@ mod tests {
     impl Caller for Tell {
         fn gone(&self, container: &str) {
             self.0.lock().unwrap().push(container.into());
+        }
+
+        fn rejected(&self, reason: Reason) {
+            self.0.lock().unwrap().push(format!("{reason:?}"));
         }
 
         fn serve(&self, container: &str, pid: i32, mut stream: UnixStream) {

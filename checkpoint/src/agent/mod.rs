@@ -14,6 +14,9 @@
 //! | [`sessions`] | containers of this host that were pre-dumped |
 //! | [`tidy`] | forgetting containers that are no more |
 //! | [`admin`] | the local administrator's socket |
+//! | [`under_way`], [`taking_part`] | what goes on: noted while it does, and told as one list |
+//! | [`status`] | what `migrrdma status` shows |
+//! | [`metrics`], [`exporter`] | what is counted, and where it can be fetched |
 //!
 //! The engine ([`crate::engine`]) runs inside, as source or as destination. An agent may stop and start at any time:
 //! containers go on, shims connect again, and what was under way is decided by the records on disk.
@@ -25,14 +28,18 @@ pub mod ask;
 mod claims;
 pub mod config;
 pub mod doors;
+pub mod exporter;
 pub mod facts;
+pub mod metrics;
 pub mod parking;
 pub mod peer;
 pub mod procs;
 pub mod sessions;
 pub mod shims;
 pub mod status;
+pub mod taking_part;
 pub mod tidy;
+pub mod under_way;
 
 use std::collections::{HashMap, HashSet};
 use std::net::{SocketAddr, TcpListener};
@@ -54,7 +61,10 @@ use crate::net::tls::Identity;
 use crate::record::{RecordError, Records, make_dir};
 use config::Config;
 use doors::Doors;
+use exporter::Limits;
+use metrics::{Door, Metrics, Reason};
 use shims::Shims;
+use under_way::UnderWay;
 
 /// Stands for this host wherever an agent's address is expected: no network between.
 pub const LOCAL: &str = "local";
@@ -104,6 +114,9 @@ pub enum StartError {
 pub struct Agent {
     pub config: Config,
     pub host: Arc<dyn Host>,
+    /// For those who look on.
+    pub under_way: Arc<UnderWay>,
+    pub metrics: Metrics,
     pub shims: Shims,
     pub doors: Doors,
     pub moved: Moved,
@@ -144,6 +157,7 @@ impl Agent {
         let doors = Doors::open(&config.run_dir).map_err(|e| wrap(&config.run_dir, e))?;
         let identity = Identity::load(&config.tls).map_err(|e| chain(&e));
         let client = Client::new(identity.as_ref().map(|i| i.client.clone()).map_err(Clone::clone), config.port());
+        let under_way = Arc::new(UnderWay::default());
         Ok(Arc::new(Agent {
             moved: Moved::open(&config.state_dir)?,
             records: Records::open(&config.state_dir)?,
@@ -153,7 +167,9 @@ impl Agent {
             host,
             identity,
             config,
-            shims: Shims::default(),
+            shims: Shims::new(under_way.clone()),
+            under_way,
+            metrics: Metrics::default(),
             running: Mutex::default(),
             sessions: sessions::Sessions::default(),
             claims: Mutex::default(),
@@ -186,6 +202,14 @@ impl Agent {
                 eprintln!("listening on {listen} for other agents");
             }
             Err(why) => eprintln!("no migration from or to this host until it has certificates: {why}"),
+        }
+        if let Some(at) = self.config.metrics {
+            let served = TcpListener::bind(at).and_then(|l| exporter::serve(l, self.clone(), Limits::default()));
+            match served {
+                Ok(()) => eprintln!("metrics at http://{at}/metrics"),
+                // Containers need the agent, with or without them.
+                Err(e) => eprintln!("no metrics at {at}: {e}"),
+            }
         }
         admin::serve(self).map_err(wrap)?;
         let agent = self.clone();
@@ -231,6 +255,7 @@ impl Agent {
                 refusal,
             });
         }
+        let _wait = self.under_way.wait_for_agent(migration, at, &order, deadline);
         self.client.call(at, migration, order, deadline)
     }
 
@@ -283,8 +308,32 @@ impl Agent {
 
 impl server::Handler for Agent {
     fn handle(&self, from: SocketAddr, call: Call) -> Return {
+        let name = call.order.name();
         let answer = self.obey(Some(from), call.migration, call.order);
+        self.metrics.order(
+            name,
+            match &answer {
+                Ok(_) => "done",
+                Err(Refusal::Busy { .. }) => "busy",
+                Err(Refusal::Absent(_)) => "absent",
+                Err(Refusal::Failed(_)) => "failed",
+            },
+        );
         Return { seq: call.seq, answer }
+    }
+
+    fn rejected(&self, reason: Reason) {
+        self.metrics.rejected(Door::Agents, reason);
+    }
+}
+
+impl exporter::Source for Agent {
+    fn page(&self) -> String {
+        self.metrics_page()
+    }
+
+    fn rejected(&self, reason: Reason) {
+        self.metrics.rejected(Door::Metrics, reason);
     }
 }
 

@@ -14,7 +14,8 @@ use rdma_virt::id::MigrationId;
 use rdma_virt::msg::Request;
 use serde::{Deserialize, Serialize};
 
-use super::peer::Claim;
+use super::metrics::Outcome;
+use super::peer::{Claim, Why};
 use super::{Agent, LOCAL, chain, is_plain_name, lock};
 use crate::image::Secret;
 use crate::net::msg::{Answer, Refusal};
@@ -205,7 +206,7 @@ impl Agent {
                     "nobody restored the image that {container} waits for ({}); it goes on alone",
                     claim.migration
                 );
-                self.release(claim.migration, false);
+                self.part(claim.migration, false, Outcome::Expired);
             } else if claim.heard.elapsed() > KEEP {
                 for shim in self.shims.of(&container) {
                     let _ = shim.ask(Some(claim.migration), Request::Report, self.answer_time());
@@ -239,6 +240,5 @@ impl Agent {
 }
 
 fn waiting(migration: MigrationId, parked: Parked) -> Claim {
-    let now = Instant::now();
-    Claim { migration, source: LOCAL.into(), heard: now, since: now, parked: Some(parked) }
+    Claim { parked: Some(parked), ..Claim::new(migration, LOCAL.into(), Why::Peer) }
 }

@@ -13,18 +13,31 @@ use rdma_virt::id::{MigrationId, PQpn};
 use rdma_virt::msg::{Request, Scope};
 use rdma_virt::saved::{ProcessState, QpPhase};
 
+use super::metrics::{Lookup, Outcome};
 use super::parking::Parked;
 use super::shims::ShimError;
+use super::under_way::Role;
 use super::{Agent, LOCAL, facts, lock, procs};
 use crate::net::msg::{Answer, End, FarEnd, Fate, Link, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
-const QUIET: Duration = Duration::from_secs(20);
+pub(super) const QUIET: Duration = Duration::from_secs(20);
+
+/// Why a container takes part in a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// It is the one that moves.
+    Moves,
+    /// It is connected to the one that moves.
+    Peer,
+}
 
 /// A container that takes part in a migration.
 #[derive(Clone, Debug)]
 pub struct Claim {
     pub migration: MigrationId,
+    pub why: Why,
+    pub began: Instant,
     /// `host:port` of the source's agent, or [`LOCAL`].
     pub source: String,
     /// When the source last asked for something.
@@ -33,6 +46,13 @@ pub struct Claim {
     pub since: Instant,
     /// It waits for an image to be restored.
     pub parked: Option<Parked>,
+}
+
+impl Claim {
+    pub fn new(migration: MigrationId, source: String, why: Why) -> Self {
+        let now = Instant::now();
+        Claim { migration, why, began: now, source, heard: now, since: now, parked: None }
+    }
 }
 
 impl Agent {
@@ -65,7 +85,12 @@ impl Agent {
     /// Answers [`Order::Find`].
     pub fn find(&self, links: &[Link]) -> Vec<FarEnd> {
         let reports = self.reports();
-        links.iter().map(|link| find_in(&reports, link).unwrap_or_else(|| kernel_says(link.far.pqpn))).collect()
+        let find = |link| {
+            let found = find_in(&reports, link);
+            self.metrics.lookup(Lookup::Find, found.is_some());
+            found.unwrap_or_else(|| kernel_says(link.far.pqpn))
+        };
+        links.iter().map(find).collect()
     }
 
     /// Answers [`Order::Claim`].
@@ -94,10 +119,11 @@ impl Agent {
         if let Some(id) = containers.iter().find(|id| claims.get(*id).is_some_and(|c| c.parked.is_some())) {
             return Err(Refusal::Failed(format!("container {id} waits for an image of that container already")));
         }
-        let now = Instant::now();
         for id in containers {
-            claims
-                .insert(id.clone(), Claim { migration, source: source.clone(), heard: now, since: now, parked: None });
+            let claim = Claim::new(migration, source.clone(), Why::Peer);
+            // One that is claimed again is held for as long as it has been.
+            let began = claims.get(id).map_or(claim.began, |before| before.began);
+            claims.insert(id.clone(), Claim { began, ..claim });
         }
         self.note_claims(&claims);
         Ok(Answer::Done)
@@ -109,9 +135,7 @@ impl Agent {
         match claims.get(container) {
             Some(claim) if claim.migration != migration => Err(claim.migration),
             _ => {
-                let now = Instant::now();
-                let claim = Claim { migration, source: LOCAL.into(), heard: now, since: now, parked: None };
-                claims.insert(container.into(), claim);
+                claims.insert(container.into(), Claim::new(migration, LOCAL.into(), Why::Moves));
                 Ok(())
             }
         }
@@ -119,17 +143,20 @@ impl Agent {
 
     /// The container that just arrived here is still held by its migration.
     pub fn take_over(&self, migration: MigrationId, container: &str, source: &str) {
-        let now = Instant::now();
         let mut claims = lock(&self.claims);
-        claims
-            .insert(container.into(), Claim { migration, source: source.into(), heard: now, since: now, parked: None });
+        claims.insert(container.into(), Claim::new(migration, source.into(), Why::Moves));
         self.note_claims(&claims);
     }
 
     /// Forgets the migration without a word to shims. Peers that wait for an image of it go on waiting.
     pub fn let_go_of(&self, migration: MigrationId) {
         let mut claims = lock(&self.claims);
-        claims.retain(|_, claim| claim.migration != migration || claim.parked.is_some());
+        let over = |claim: &Claim| claim.migration == migration && claim.parked.is_none();
+        // Peers are released first, except by a destination that hosts some: there it is the end of a finished one.
+        if claims.values().any(|claim| over(claim) && claim.why == Why::Peer) {
+            self.metrics.migration(Role::Peer, Outcome::Finished);
+        }
+        claims.retain(|_, claim| !over(claim));
         self.note_claims(&claims);
     }
 
@@ -201,6 +228,12 @@ impl Agent {
         if !committed && self.wait_again(migration) {
             return Answer::Done;
         }
+        self.part(migration, committed, if committed { Outcome::Finished } else { Outcome::Undone });
+        Answer::Done
+    }
+
+    /// The end of it for peers here.
+    pub(super) fn part(&self, migration: MigrationId, committed: bool, outcome: Outcome) {
         let mine: Vec<String> = lock(&self.claims)
             .iter()
             .filter(|(_, claim)| claim.migration == migration)
@@ -211,13 +244,15 @@ impl Agent {
         }
         let mut claims = lock(&self.claims);
         let parked = claims.values().any(|claim| claim.migration == migration && claim.parked.is_some());
+        if claims.values().any(|claim| claim.migration == migration && claim.why == Why::Peer) {
+            self.metrics.migration(Role::Peer, outcome);
+        }
         claims.retain(|_, claim| claim.migration != migration);
         self.note_claims(&claims);
         drop(claims);
         if parked {
             self.stop_waiting(migration);
         }
-        Answer::Done
     }
 
     /// Asks the sources of quiet migrations what became of them. Called every now and then.
@@ -245,7 +280,9 @@ impl Agent {
                     eprintln!("{}: its source is silent: {}", claim.migration, super::chain(&e));
                     if claim.since.elapsed() > Duration::from_secs(self.config.deadlines.orphan) {
                         eprintln!("container {container} waits no longer for {}", claim.migration);
-                        self.release(claim.migration, false);
+                        if !self.wait_again(claim.migration) {
+                            self.part(claim.migration, false, Outcome::Orphaned);
+                        }
                     }
                 }
             }

@@ -67,14 +67,9 @@ impl Sessions {
         lock(&self.0).values().any(|s| s.id == id)
     }
 
-    /// In words, for the status.
-    pub fn list(&self) -> Vec<String> {
-        let left = |s: &Session| s.until.saturating_duration_since(Instant::now()).as_secs();
-        let line = |s: &Session| {
-            let (container, generation, id) = (&s.container, s.generation, s.id);
-            format!("container {container} pre-dumped ({generation}, {id}), {} s left for its checkpoint", left(s))
-        };
-        lock(&self.0).values().map(line).collect()
+    /// All that nobody has taken.
+    pub fn all(&self) -> Vec<Session> {
+        lock(&self.0).values().cloned().collect()
     }
 }
 

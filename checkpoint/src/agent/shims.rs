@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use rdma_virt::id::{MigrationId, Vpid};
 use rdma_virt::msg::{FromShim, Reply, Request, ToShim};
 use rdma_virt::saved::ProcessState;
 
+use super::under_way::UnderWay;
 use crate::net::frame::{FrameError, SHIM};
 
 /// For writing one request: a shim that does not read is stuck.
@@ -70,6 +72,9 @@ pub struct Shim {
     pub pid: i32,
     writer: Mutex<UnixStream>,
     waiting: Mutex<Waiting>,
+    /// QPs that were told to hold their sends.
+    suspended: AtomicUsize,
+    under_way: Arc<UnderWay>,
 }
 
 impl std::fmt::Debug for Shim {
@@ -96,6 +101,8 @@ impl Shim {
         deadline: Duration,
     ) -> Result<Reply, ShimError> {
         let what = verb(&request);
+        let goes_on = matches!(request, Request::Resume | Request::Abort);
+        let _wait = self.under_way.wait_for_shim(migration, &self.container, &self.who(), &request, deadline);
         let (tx, rx) = sync_channel(1);
         let seq = {
             let mut w = lock(&self.waiting);
@@ -128,8 +135,20 @@ impl Shim {
         match reply {
             Reply::Busy { by } => Err(ShimError::Busy { who: self.who(), by }),
             Reply::Refused { why } => Err(ShimError::Refused { who: self.who(), what, why }),
-            other => Ok(other),
+            other => {
+                match &other {
+                    Reply::Suspended { counts } => self.suspended.store(counts.len(), Ordering::Relaxed),
+                    Reply::Done if goes_on => self.suspended.store(0, Ordering::Relaxed),
+                    _ => {}
+                }
+                Ok(other)
+            }
         }
+    }
+
+    /// How many of its QPs were told on this connection to hold their sends, and not yet to go on.
+    pub fn suspended(&self) -> usize {
+        self.suspended.load(Ordering::Relaxed)
     }
 
     /// What it has.
@@ -148,9 +167,9 @@ impl Shim {
         let _ = lock(&self.writer).shutdown(Shutdown::Both);
     }
 
-    /// Hands replies out until the connection ends.
-    fn read(&self, mut stream: UnixStream) {
-        let why = loop {
+    /// Hands replies out until the connection ends; how it did.
+    fn read(&self, mut stream: UnixStream) -> FrameError {
+        let end = loop {
             match SHIM.read::<FromShim>(&mut stream) {
                 Ok(FromShim { seq, reply }) => {
                     if let Some(slot) = lock(&self.waiting).slots.remove(&seq) {
@@ -158,14 +177,18 @@ impl Shim {
                         let _ = slot.try_send(reply);
                     }
                 }
-                Err(FrameError::Closed) => break "it closed the connection".to_owned(),
-                Err(e) => break super::chain(&e),
+                Err(e) => break e,
             }
         };
         self.close();
         let mut w = lock(&self.waiting);
-        w.ended = Some(why);
+        w.ended = Some(match &end {
+            FrameError::Closed => "it closed the connection".to_owned(),
+            e => super::chain(e),
+        });
         w.slots.clear();
+        drop(w);
+        end
     }
 }
 
@@ -174,12 +197,25 @@ impl Shim {
 pub struct Shims {
     all: Mutex<BTreeMap<String, BTreeMap<Vpid, Arc<Shim>>>>,
     changed: Condvar,
+    under_way: Arc<UnderWay>,
 }
 
 impl Shims {
-    /// Takes a control connection over and serves it until it ends, in the calling thread. A second connection of the
-    /// same process replaces the first.
-    pub fn serve(&self, container: &str, vpid: Vpid, comm: &str, pid: i32, stream: UnixStream) -> std::io::Result<()> {
+    /// Questions to them are put on this list.
+    pub fn new(under_way: Arc<UnderWay>) -> Self {
+        Shims { under_way, ..Shims::default() }
+    }
+
+    /// Takes a control connection over and serves it in the calling thread until it ends; how it did. A second connection
+    /// of the same process replaces the first.
+    pub fn serve(
+        &self,
+        container: &str,
+        vpid: Vpid,
+        comm: &str,
+        pid: i32,
+        stream: UnixStream,
+    ) -> std::io::Result<FrameError> {
         let reader = stream.try_clone()?;
         reader.set_read_timeout(None)?;
         stream.set_write_timeout(Some(WRITE))?;
@@ -190,13 +226,15 @@ impl Shims {
             pid,
             writer: Mutex::new(stream),
             waiting: Mutex::new(Waiting { seq: 0, slots: HashMap::new(), ended: None }),
+            suspended: AtomicUsize::new(0),
+            under_way: self.under_way.clone(),
         });
         let before = lock(&self.all).entry(container.into()).or_default().insert(vpid, shim.clone());
         if let Some(before) = before {
             before.close();
         }
         self.changed.notify_all();
-        shim.read(reader);
+        let end = shim.read(reader);
         let mut all = lock(&self.all);
         if let Some(of) = all.get_mut(container) {
             if of.get(&vpid).is_some_and(|now| Arc::ptr_eq(now, &shim)) {
@@ -208,7 +246,7 @@ impl Shims {
         }
         drop(all);
         self.changed.notify_all();
-        Ok(())
+        Ok(end)
     }
 
     /// Those of one container, by pid.
@@ -267,6 +305,8 @@ impl Shims {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rdma_virt::id::VQpn;
+    use rdma_virt::msg::{Count, Scope};
     use std::thread;
 
     const SOON: Duration = Duration::from_secs(10);
@@ -274,7 +314,7 @@ mod tests {
     fn connected(shims: &Arc<Shims>) -> UnixStream {
         let (agent, shim) = UnixStream::pair().unwrap();
         let registry = shims.clone();
-        thread::spawn(move || registry.serve("c", Vpid(7), "app", 1, agent).unwrap());
+        thread::spawn(move || drop(registry.serve("c", Vpid(7), "app", 1, agent).unwrap()));
         shims.wait_for("c", &[Vpid(7)], SOON).unwrap();
         shim
     }
@@ -295,6 +335,31 @@ mod tests {
         });
         assert_eq!(shim.ask(None, Request::Resume, SOON).unwrap(), Reply::Done);
         drop(answering.join().unwrap());
+    }
+
+    #[test]
+    fn whom_a_migration_waits_for_and_what_holds_its_sends_can_be_seen() {
+        let shims = Arc::new(Shims::default());
+        let mut end = connected(&shims);
+        let shim = shims.get("c", Vpid(7)).unwrap();
+        let id = MigrationId([1; 16]);
+        let mut answer = |request: Request, reply: Reply| {
+            let asked = shim.clone();
+            let asking = thread::spawn(move || asked.ask(Some(id), request, SOON));
+            let to: ToShim = SHIM.read(&mut end).unwrap();
+            let waits: Vec<String> = shims.under_way.waits_of(id, "c").into_iter().map(|w| w.what).collect();
+            SHIM.write(&mut end, &FromShim { seq: to.seq, reply }).unwrap();
+            asking.join().unwrap().unwrap();
+            assert!(shims.under_way.waits(id).is_empty());
+            (waits, shim.suspended())
+        };
+        let count = |vqpn| Count { vqpn: VQpn(vqpn), sent: 0, received: 0 };
+        let held = Reply::Suspended { counts: vec![count(17), count(18)] };
+        let who = "app (pid 7 of container c) to";
+        assert_eq!(answer(Request::Suspend { scope: Scope::All }, held), (vec![format!("{who} suspend")], 2));
+        let drain = Request::Drain { expect: Vec::new(), deadline_ms: 1 };
+        assert_eq!(answer(drain, Reply::Drained), (vec![format!("{who} drain")], 2));
+        assert_eq!(answer(Request::Resume, Reply::Done), (vec![format!("{who} resume")], 0));
     }
 
     #[test]

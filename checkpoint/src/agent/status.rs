@@ -1,12 +1,13 @@
-//! What `migrrdma status` shows: containers, their RDMA processes and QPs, and migrations under way.
+//! What `migrrdma status` shows: containers, their RDMA processes and QPs, and the migrations this host takes part in
+//! ([`super::taking_part`]).
 
 use rdma_virt::id::Vpid;
 use rdma_virt::saved::ProcessState;
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, lock, procs};
+use super::taking_part::Migration;
+use super::{Agent, procs};
 use crate::net::msg::HostFacts;
-use crate::record::{Kind, Record, State};
 
 /// Everything an administrator may want to know of one host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -19,14 +20,7 @@ pub struct Status {
     pub no_network: Option<String>,
     pub devices: Vec<Device>,
     pub containers: Vec<Container>,
-    /// Containers held as peers: (container, migration).
-    pub held: Vec<(String, String)>,
-    /// Migrations to this host, in words.
-    pub arriving: Vec<String>,
-    /// Containers that were pre-dumped here, in words.
-    #[serde(default)]
-    pub sessions: Vec<String>,
-    /// Migrations from this host that are not finished, and the last ones that are.
+    /// All this host takes part in, and the last ones that are over.
     pub migrations: Vec<Migration>,
 }
 
@@ -79,26 +73,11 @@ pub struct Qp {
     pub remote: Option<String>,
 }
 
-/// A migration from this host.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Migration {
-    pub id: String,
-    pub container: String,
-    pub to: String,
-    pub state: State,
-    pub why: Option<String>,
-}
-
 impl Agent {
     /// Asks everybody.
     pub fn status(&self) -> Status {
         let HostFacts { name, version, criu, devices } = self.describe();
         let reports = self.reports();
-        let (mut records, _) = self.records.all().unwrap_or_default();
-        let done = |r: &Record| matches!(r.state, State::Finished | State::Aborted);
-        let skip = records.len().saturating_sub(10);
-        let old: Vec<String> = records.iter().take(skip).filter(|r| done(r)).map(|r| r.id.clone()).collect();
-        records.retain(|r| !old.contains(&r.id));
         Status {
             host: name,
             version,
@@ -113,27 +92,7 @@ impl Agent {
                 })
                 .collect(),
             containers: self.container_list(&reports),
-            held: lock(&self.claims)
-                .iter()
-                .map(|(id, c)| {
-                    let waits = c.parked.as_ref().filter(|p| !p.is_taken());
-                    let waits = waits.map(|p| format!(", waits {} s for its image", p.left().as_secs()));
-                    (id.clone(), format!("{}{}", c.migration, waits.unwrap_or_default()))
-                })
-                .collect(),
-            sessions: self.sessions.list(),
-            arriving: self.desk.list(),
-            migrations: records
-                .into_iter()
-                .map(|r| {
-                    let to = match r.kind {
-                        Kind::Migration => r.to,
-                        Kind::Checkpoint => "an image".into(),
-                        Kind::Restore => "this host from an image".into(),
-                    };
-                    Migration { id: r.id, container: r.container, to, state: r.state, why: r.why }
-                })
-                .collect(),
+            migrations: self.taking_part(),
         }
     }
 

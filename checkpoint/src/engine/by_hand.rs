@@ -17,8 +17,10 @@ use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob
 use super::world::{OwnShim, World};
 use crate::agent::admin::Event;
 use crate::agent::config::Config;
+use crate::agent::metrics::Metrics;
 use crate::agent::procs::Process;
 use crate::agent::shims::ShimError;
+use crate::agent::under_way::UnderWay;
 use crate::agent::{Agent, LOCAL, chain};
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, Lease, MovedProcess, Order};
@@ -277,6 +279,13 @@ impl World for ByHand<'_> {
     }
     fn lease(&self, container: &str) -> std::result::Result<Lease, String> {
         World::lease(self.agent, container)
+    }
+
+    fn under_way(&self) -> &UnderWay {
+        &self.agent.under_way
+    }
+    fn metrics(&self) -> &Metrics {
+        &self.agent.metrics
     }
 
     /// It did not leave: it came here, from wherever the image is.

@@ -31,6 +31,8 @@ use super::newcomers::{adopt, alive};
 use super::prepared::{self, Note};
 use super::revive::{self, ByHand};
 use super::store::{Store, StoreError};
+use crate::agent::metrics::Outcome;
+use crate::agent::under_way::Role;
 use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
 use crate::net::msg::{Answer, BornGid, BornQp, Fate, Offer, Order, Refusal};
@@ -66,7 +68,7 @@ pub(super) enum State {
 }
 
 impl State {
-    fn name(&self) -> &'static str {
+    pub(super) fn name(&self) -> &'static str {
         match self {
             State::Gathering { nursery: None, store: None } => "offered",
             State::Gathering { nursery: Some(_), store: None } => "making objects",
@@ -90,6 +92,8 @@ pub(super) struct Arrival {
     /// What the restored processes make by themselves; empty where an incubator does it.
     pub(super) rebuild: super::rebuild::Here,
     pub state: State,
+    /// When it was reached.
+    pub since: Instant,
     /// The bundle that comes along.
     pub(super) landing: Option<Landing>,
     /// Registered memory that comes along.
@@ -109,6 +113,7 @@ impl Arrival {
             adopted: Vec::new(),
             rebuild: Default::default(),
             state: State::Gathering { nursery: None, store: None },
+            since: Instant::now(),
             landing: None,
             memory: None,
             heard: Instant::now(),
@@ -124,28 +129,18 @@ pub struct Desk(pub(super) Mutex<HashMap<MigrationId, Entry>>);
 #[derive(Clone)]
 pub(super) struct Entry {
     pub container: String,
+    /// As in [`Arrival`], for those who do not want to wait for it.
+    pub source: String,
     pub arrival: Arc<Mutex<Arrival>>,
 }
 
 impl std::fmt::Debug for Desk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.list()).finish()
+        f.debug_set().entries(lock(&self.0).keys()).finish()
     }
 }
 
 impl Desk {
-    /// In words, for the status.
-    pub fn list(&self) -> Vec<String> {
-        lock(&self.0)
-            .iter()
-            .map(|(id, entry)| match entry.arrival.try_lock() {
-                Ok(a) if a.partial().is_some() => revive::in_words(&entry.container, &a),
-                Ok(a) => format!("{} from {} ({id}): {}", entry.container, a.source, a.state.name()),
-                Err(_) => format!("{} ({id}): busy", entry.container),
-            })
-            .collect()
-    }
-
     /// The migration that brings this container, if any.
     pub fn bringing(&self, container: &str) -> Option<MigrationId> {
         lock(&self.0).iter().find(|(_, e)| e.container == container).map(|(id, _)| *id)
@@ -179,9 +174,18 @@ pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Ord
     };
     let mut arrival = lock(&entry.arrival);
     arrival.heard = Instant::now();
+    let (before, finishes) = (arrival.state.name(), matches!(order, Order::Finish));
+    let step = agent.under_way.step_here(id, &order);
     let answer = arrival.step(agent, id, order);
+    drop(step);
     arrival.heard = Instant::now();
+    if arrival.state.name() != before {
+        arrival.since = arrival.heard;
+    }
     if matches!(arrival.state, State::Gone) {
+        if arrival.by_hand.is_none() {
+            agent.metrics.migration(Role::Destination, if finishes { Outcome::Finished } else { Outcome::Undone });
+        }
         lock(&agent.desk.0).remove(&id);
     }
     answer
@@ -199,14 +203,17 @@ fn consider(
     }
     let Some(from) = from else { return Err(failed("a container cannot move to the host it is on")) };
     if let Some(by) = agent.desk.bringing(&offer.container).filter(|other| *other != id) {
+        agent.metrics.migration(Role::Destination, Outcome::Busy);
         return Err(Refusal::Busy { container: offer.container, by });
     }
     let problems = super::check::problems(agent, &offer, false);
     if problems.is_empty() && !dry_run {
         let source = SocketAddr::new(from.ip(), offer.from_port).to_string();
         let container = offer.container.clone();
-        let arrival = Arrival::new(source, offer);
-        lock(&agent.desk.0).insert(id, Entry { container, arrival: Arc::new(Mutex::new(arrival)) });
+        let arrival = Arc::new(Mutex::new(Arrival::new(source.clone(), offer)));
+        lock(&agent.desk.0).insert(id, Entry { container, source, arrival });
+    } else if !dry_run {
+        agent.metrics.migration(Role::Destination, Outcome::Refused);
     }
     Ok(Answer::Offered { problems })
 }

@@ -1,7 +1,11 @@
-//! Small process states for tests.
+//! Small process states for tests, and a host that does nothing.
+
+use std::path::{Path, PathBuf};
 
 use rdma_virt::id::{Handle, ObjId, PGid, PQpn, VGid, VQpn, Vpid};
 use rdma_virt::saved::{ContextState, GidEntry, ProcessState, QpAttr, QpCap, QpPhase, QpState, Remote};
+
+use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Result, Wire};
 
 /// GID of the source, of the destination, of the peer's host.
 pub const SRC: [u8; 16] = [1; 16];
@@ -55,5 +59,79 @@ pub fn process(vpid: i32, qps: Vec<QpState>) -> ProcessState {
         }],
         blockers: Vec::new(),
         memory: Vec::new(),
+    }
+}
+
+/// A host on which any container that is asked for exists, and nothing happens.
+#[derive(Debug)]
+pub struct IdleHost;
+
+fn never<T>() -> Result<T> {
+    Err(HostError("not on this host".into()))
+}
+
+impl Host for IdleHost {
+    fn containers(&self) -> Result<Vec<Container>> {
+        Ok(Vec::new())
+    }
+    fn container(&self, id: &str) -> Result<Container> {
+        let (cgroup, bundle) = ("/nonexistent".into(), "/nonexistent".into());
+        Ok(Container { id: id.into(), init: 1, cgroup, bundle, paused: false })
+    }
+    fn freeze(&self, _: &Container) -> Result<()> {
+        never()
+    }
+    fn thaw(&self, _: &Container) -> Result<()> {
+        never()
+    }
+    fn lost(&self, _: &Container) -> Result<Vec<String>> {
+        never()
+    }
+    fn dump(&self, _: &Container, _: &DumpJob, _: &mut dyn FnMut() -> std::result::Result<(), String>) -> Result<()> {
+        never()
+    }
+    fn pre_dump(&self, _: &Container, _: &PreDumpJob) -> Result<()> {
+        never()
+    }
+    fn examine(&self, _: &str, _: Option<&Path>) -> Vec<String> {
+        vec!["nothing comes to this host".into()]
+    }
+    fn tools(&self) -> Vec<String> {
+        Vec::new()
+    }
+    fn localise(&self, _: &Path) -> Result<()> {
+        never()
+    }
+    fn rootfs(&self, _: &Path) -> Result<PathBuf> {
+        never()
+    }
+    fn injected(&self, _: &Path) -> Vec<PathBuf> {
+        Vec::new()
+    }
+    fn memory_files(&self, _: &str) -> Option<PathBuf> {
+        None
+    }
+    fn make_memory_files(&self, _: &str) -> Result<PathBuf> {
+        never()
+    }
+    fn drop_memory_files(&self, _: &str) {}
+    fn incubate(&self, _: &str, _: &Path, _: &Path) -> Result<Box<dyn Nursery>> {
+        never()
+    }
+    fn restore(&self, _: &RestoreJob) -> Result<Box<dyn Held>> {
+        never()
+    }
+    fn held_at(&self, _: &Path) -> Result<Option<Box<dyn Held>>> {
+        Ok(None)
+    }
+    fn forget(&self, _: &Container) -> Result<()> {
+        never()
+    }
+    fn wire(&self, _: &Path, _: Option<i32>) -> Result<Option<Box<dyn Wire>>> {
+        never()
+    }
+    fn gone_to(&self, _: &str, _: Option<&str>) {}
+    fn criu(&self) -> Result<u32> {
+        never()
     }
 }

@@ -47,12 +47,14 @@
 //! | [`rebuild`] | objects that the moved processes make by themselves |
 //! | [`dest`] | the receiving side: one state machine per migration |
 //! | `prepared` | what the receiving side writes down, so that a restarted agent goes on from it |
+//! | [`arrivals`] | what arrives, for those who look on |
 //! | [`park`], [`revive`] | by command instead: to disk, and from there |
 //! | [`by_hand`] | the command that runs CRIU in these, as the engine's host |
 //! | `newcomers` | which restored processes still exist, and questions to their shims |
 //! | [`store`] | where an arriving image is put |
 //! | [`recover`] | what an agent does about migrations it finds when it starts |
 
+pub mod arrivals;
 pub mod by_hand;
 pub mod check;
 mod copy;

@@ -25,7 +25,9 @@ use super::source::{End, Run, Stop, TRIES};
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
+use crate::agent::metrics::Operation;
 use crate::agent::sessions::Session;
+use crate::agent::under_way::Role;
 use crate::agent::{Agent, LOCAL, chain, facts, lock};
 use crate::image::{self, ImagedSession, Secret};
 use crate::net::msg::{BornQp, Lease, MovedProcess, Order};
@@ -79,13 +81,20 @@ pub fn checkpoint(
     let mut session = before.unwrap_or_else(|| Session::new(&request.container));
     let id = session.id;
     lock(&agent.running).insert(id, cancel.clone());
+    let seen = agent.under_way.begin(id, &request.container, Role::Source, "an image");
     let outcome = attempts(agent, request, &mut session, cancel, clerk, progress);
+    if let Outcome::Ended(end) = &outcome
+        && let Some(outcome) = end.outcome()
+    {
+        agent.metrics.image(if request.pre_dump { Operation::PreDump } else { Operation::Checkpoint }, outcome);
+    }
     let goes_on = request.pre_dump && matches!(outcome, Outcome::Ended(End::Done(_)));
     if goes_on {
         session.until = Instant::now() + Duration::from_secs(agent.config.deadlines.session);
         agent.sessions.keep(session);
     }
     lock(&agent.running).remove(&id);
+    drop(seen);
     progress.event(match outcome {
         Outcome::Plain => Event::Plain,
         Outcome::Ended(End::Done(summary)) => Event::Done { summary },
@@ -139,7 +148,9 @@ fn attempts(
         progress.event(Event::Note { text: format!("{why}; trying again") });
         // Undone, so nobody is held any more.
         session.claimed.clear();
-        thread::sleep(Duration::from_millis(if session.id < *by { 200 } else { 2000 }));
+        let pause = Duration::from_millis(if session.id < *by { 200 } else { 2000 });
+        let _wait = agent.under_way.wait(session.id, format!("{by} to be over"), Some(pause));
+        thread::sleep(pause);
     }
     unreachable!("the loop ends by itself")
 }

@@ -185,7 +185,8 @@ fn go_on(agent: &Agent, id: MigrationId, dir: &Path, note: Note, held: Option<Bo
             Err(why) => eprintln!("{id}: {why}"),
         }
     }
-    lock(&agent.desk.0).insert(id, Entry { container, arrival: Arc::new(Mutex::new(arrival)) });
+    let source = arrival.source.clone();
+    lock(&agent.desk.0).insert(id, Entry { container, source, arrival: Arc::new(Mutex::new(arrival)) });
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ use super::store::Store;
 use super::world::World;
 use super::{Cancel, Progress, check, dest};
 use crate::agent::admin::Event;
+use crate::agent::metrics::{Operation, Outcome};
+use crate::agent::under_way::Role;
 use crate::agent::{Agent, LOCAL, chain, is_plain_name, lock};
 use crate::image::{self, RdmaImage};
 use crate::net::msg::{Answer, Fate, Lease, Offer, Order};
@@ -60,17 +62,6 @@ impl Arrival {
             _ => None,
         }
     }
-}
-
-/// For the status.
-pub(super) fn in_words(container: &str, arrival: &Arrival) -> String {
-    let Some((plan, until)) = arrival.partial() else { return container.into() };
-    let left = until.saturating_duration_since(Instant::now()).as_secs();
-    let (made, connected) = (plan.born.len(), plan.links.iter().filter(|l| l.connected_to.is_some()).count());
-    format!(
-        "{container}: partial restore of an image of {}, {made} QPs made, {connected} connected, {left} s left",
-        arrival.source
-    )
 }
 
 /// An image that can be worked with.
@@ -147,7 +138,8 @@ fn admit(agent: &Agent, request: &RestoreRequest, found: &Found, by_hand: ByHand
         arrival.state = dest::State::Gathering { nursery: None, store: Some(Store::given(request.images.clone())) };
     }
     arrival.by_hand = Some(by_hand);
-    let entry = Entry { container: request.container.clone(), arrival: Arc::new(Mutex::new(arrival)) };
+    let (container, source) = (request.container.clone(), source.into());
+    let entry = Entry { container, source, arrival: Arc::new(Mutex::new(arrival)) };
     lock(&agent.desk.0).insert(found.id, entry);
     Ok(())
 }
@@ -155,6 +147,8 @@ fn admit(agent: &Agent, request: &RestoreRequest, found: &Found, by_hand: ByHand
 /// `restore --partial`, from beginning to end.
 pub fn partial(agent: &Arc<Agent>, request: &RestoreRequest, cancel: &Arc<Cancel>, progress: &dyn Progress) {
     let ended = try_partial(agent, request, cancel, progress);
+    let outcome = if ended.is_ok() { Outcome::Finished } else { Outcome::Refused };
+    agent.metrics.image(Operation::PartialRestore, outcome);
     progress.event(match ended {
         Ok(summary) => Event::Done { summary },
         Err(Stop::Refused(reasons)) => Event::Refused { reasons },
@@ -183,6 +177,7 @@ fn try_partial(
     let by_hand = ByHand::Partial { plan: found.plan.clone(), until };
     admit(agent, request, &found, by_hand, &found.origin)?;
     let asked = local_request(name);
+    let _seen = agent.under_way.begin(found.id, name, Role::Destination, "an image");
     let mut run = Run::new(&**agent, found.id, &asked, cancel, progress);
     take_over(&mut run, &found);
     let made = run.phase(Phase::PreSetup, Run::make_and_connect);
@@ -278,7 +273,9 @@ pub fn restore(
                 std::collections::hash_map::Entry::Occupied(_) => false,
             };
             if free {
+                let seen = agent.under_way.begin(id, &request.container, Role::Destination, "an image");
                 let end = try_restore(agent, request, &found, cancel, clerk, progress);
+                drop(seen);
                 lock(&agent.running).remove(&id);
                 end
             } else {
@@ -287,6 +284,9 @@ pub fn restore(
         }
         Err(why) => End::Refused(vec![why]),
     };
+    if let Some(outcome) = end.outcome() {
+        agent.metrics.image(Operation::Restore, outcome);
+    }
     progress.event(match end {
         End::Done(summary) => Event::Done { summary },
         End::Refused(reasons) => Event::Refused { reasons },

@@ -26,7 +26,9 @@ use super::shipping::Sent;
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
+use crate::agent::metrics::Outcome;
 use crate::agent::shims::ShimError;
+use crate::agent::under_way::{Role, Seen, Stage};
 use crate::agent::{Agent, chain, lock};
 use crate::image::HandOver;
 use crate::net::client::CallError;
@@ -90,6 +92,20 @@ pub enum End {
     Possible,
     Undone { phase: Phase, why: String, left: Vec<String>, busy: Option<MigrationId> },
     Unfinished { phase: Phase, why: String },
+}
+
+impl End {
+    /// As it is counted; a dry run is not.
+    pub(super) fn outcome(&self) -> Option<Outcome> {
+        match self {
+            End::Done(_) => Some(Outcome::Finished),
+            End::Refused(_) => Some(Outcome::Refused),
+            End::Possible => None,
+            End::Undone { busy: Some(_), .. } => Some(Outcome::Busy),
+            End::Undone { busy: None, .. } => Some(Outcome::Undone),
+            End::Unfinished { .. } => Some(Outcome::Unfinished),
+        }
+    }
 }
 
 /// A shim to be asked.
@@ -172,16 +188,26 @@ pub struct Run<'a> {
     pub(super) early_mrs: u32,
     /// Bytes of the image itself.
     pub(super) bytes: u64,
+    /// One that was taken up again is shown by itself; others by whoever began them.
+    seen: Option<Seen<'a>>,
 }
 
 /// Runs a migration for an administrator, with as many attempts as it takes to get past other migrations.
 pub fn migrate(agent: &Arc<Agent>, request: &MigrateRequest, cancel: &Arc<Cancel>, progress: &dyn Progress) {
     let id = MigrationId(super::forward::random());
     let (container, to) = (request.container.clone(), request.to.clone());
+    let seen = agent.under_way.begin(id, &container, Role::Source, &to);
     progress.event(Event::Begin { id: id.to_string(), container, to });
     lock(&agent.running).insert(id, cancel.clone());
     let end = attempts(&**agent, id, request, cancel, progress);
     lock(&agent.running).remove(&id);
+    drop(seen);
+    if let Some(outcome) = end.outcome().filter(|_| !request.dry_run) {
+        agent.metrics.migration(Role::Source, outcome);
+    }
+    if let End::Done(summary) = &end {
+        agent.metrics.done(summary);
+    }
     progress.event(match end {
         End::Done(summary) => Event::Done { summary },
         End::Refused(reasons) => Event::Refused { reasons },
@@ -206,7 +232,9 @@ fn attempts(
         }
         progress.event(Event::Note { text: format!("{why}; trying again") });
         // The smaller id comes back sooner, so that of two that hinder each other one gets through.
-        thread::sleep(Duration::from_millis(if id < *by { 200 } else { 2000 }));
+        let pause = Duration::from_millis(if id < *by { 200 } else { 2000 });
+        let _wait = world.under_way().wait(id, format!("{by} to be over"), Some(pause));
+        thread::sleep(pause);
     }
     unreachable!("the loop ends by itself")
 }
@@ -253,6 +281,7 @@ impl<'a> Run<'a> {
             late_memory: 0,
             early_mrs: 0,
             bytes: 0,
+            seen: None,
         }
     }
 
@@ -319,6 +348,7 @@ impl<'a> Run<'a> {
         self.effects.images = Some(self.world.config().state_dir.join("outgoing").join(&record.id));
         self.container = container;
         self.to = record.to.clone();
+        self.seen = Some(self.world.under_way().begin(self.id, &record.container, Role::Source, &record.to));
         (self.record, self.plan, self.states, self.lease) = (record, plan, states, lease);
     }
 
@@ -328,22 +358,27 @@ impl<'a> Run<'a> {
         self.tell_destination()?;
         self.phase(Phase::Switch, Self::switch)?;
         self.phase(Phase::Resume, Self::resume)?;
-        self.phase(Phase::Finish, Self::finish)
+        self.phase(Phase::Finish, Self::finish)?;
+        self.world.metrics().migration(Role::Source, Outcome::FinishedLater);
+        Ok(())
     }
 
     /// Brackets one phase: told, timed, and not begun when somebody wants to stop.
     pub(super) fn phase(&mut self, phase: Phase, run: impl FnOnce(&mut Self) -> Result<(), Stop>) -> Result<(), Stop> {
         self.wanted()?;
         self.timeline.enter(phase);
+        self.world.under_way().at(self.id, Stage::In(phase));
         self.progress.event(Event::Enter { phase });
         run(self)?;
         let seconds = self.timeline.leave().unwrap_or_default();
+        self.world.metrics().phase(phase, seconds);
         self.progress.event(Event::Leave { phase, seconds });
         Ok(())
     }
 
     /// Undoes everything, whatever that is; goes on when a step fails. Returns what could not be undone.
     pub(super) fn undo(&mut self, why: &str) -> Vec<String> {
+        self.world.under_way().at(self.id, Stage::Undoing);
         let mut left = Vec::new();
         let effects = std::mem::take(&mut self.effects);
         let host = self.world.host();

@@ -3,7 +3,9 @@
 
 use super::*;
 use crate::agent::config::{Config, Deadlines};
+use crate::agent::metrics::Metrics;
 use crate::agent::procs::Process;
+use crate::agent::under_way::UnderWay;
 use crate::engine::fixture::{DST, process, qp};
 use crate::engine::host::{DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob};
 use crate::engine::world::OwnShim;
@@ -61,6 +63,8 @@ struct Fake {
     steps: Arc<Mutex<Steps>>,
     records: Records,
     config: Config,
+    under_way: UnderWay,
+    metrics: Metrics,
     _dir: tempfile::TempDir,
 }
 
@@ -71,7 +75,9 @@ impl Fake {
             Deadlines { answer: 1, drain: 1, restore: 1, reconnect: 1, forward: 3, orphan: 1, session: 1, parked: 1 };
         let config = Config { state_dir: dir.path().into(), deadlines, ..Config::default() };
         let records = Records::open(dir.path()).unwrap();
-        Fake { truth: Arc::default(), steps: Arc::new(Mutex::new((0, fault, Vec::new()))), records, config, _dir: dir }
+        let steps = Arc::new(Mutex::new((0, fault, Vec::new())));
+        let (under_way, metrics) = (UnderWay::default(), Metrics::default());
+        Fake { truth: Arc::default(), steps, records, config, under_way, metrics, _dir: dir }
     }
 
     fn script(&self) -> Script {
@@ -112,6 +118,12 @@ impl Script {
 }
 
 impl World for Fake {
+    fn under_way(&self) -> &UnderWay {
+        &self.under_way
+    }
+    fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
     fn host(&self) -> Arc<dyn Host> {
         Arc::new(self.script())
     }
@@ -466,6 +478,31 @@ fn without_a_failure_it_moves_and_nobody_stays_suspended() {
         assert!(summary.pause_seconds.unwrap() >= summary.frozen_seconds.unwrap());
         assert!(fake.truth.lock().unwrap().forgotten);
     }
+}
+
+#[test]
+fn onlookers_see_each_phase_and_what_it_came_to() {
+    let fake = Fake::new(None);
+    let seen = fake.under_way.begin(ID, "m", Role::Source, "dst");
+    let stage = || fake.under_way.courses()[0].1.stage;
+    let end = run(&fake, true, &Cancel::default());
+    assert_eq!((end.outcome(), stage()), (Some(Outcome::Finished), Stage::In(Phase::Finish)));
+    let count = |phase: Phase| {
+        let start = format!("migrrdma_phase_duration_seconds_count{{phase=\"{phase}\"}} ");
+        let page = fake.metrics.page();
+        page.lines().find_map(|l| l.strip_prefix(&start)).unwrap().to_owned()
+    };
+    for phase in Phase::ALL {
+        assert_eq!(count(phase), if phase == Phase::Copy { "0" } else { "1" }, "{phase}");
+    }
+    drop(seen);
+
+    let early = Cancel::default();
+    early.set("Ctrl-C");
+    let fake = Fake::new(None);
+    let _seen = fake.under_way.begin(ID, "m", Role::Source, "dst");
+    let end = run(&fake, true, &early);
+    assert_eq!((end.outcome(), fake.under_way.courses()[0].1.stage), (Some(Outcome::Undone), Stage::Undoing));
 }
 
 #[test]

@@ -9,8 +9,10 @@ use rdma_virt::msg::{Reply, Request};
 
 use super::host::{Container, Host};
 use crate::agent::config::Config;
+use crate::agent::metrics::Metrics;
 use crate::agent::procs::{self, Process};
 use crate::agent::shims::ShimError;
+use crate::agent::under_way::UnderWay;
 use crate::agent::{Agent, facts, lock};
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, Lease, MovedProcess, Order};
@@ -57,6 +59,9 @@ pub trait World: Sync {
     fn lease(&self, container: &str) -> Result<Lease, String>;
     /// The container left: remember where it went.
     fn left(&self, container: &str, news: &[MovedProcess]) -> Result<(), String>;
+    /// For those who look on.
+    fn under_way(&self) -> &UnderWay;
+    fn metrics(&self) -> &Metrics;
 }
 
 impl World for Agent {
@@ -145,5 +150,13 @@ impl World for Agent {
     fn left(&self, container: &str, news: &[MovedProcess]) -> Result<(), String> {
         self.moved.forget_guest(container);
         self.moved.learn(news).map_err(|e| crate::agent::chain(&e))
+    }
+
+    fn under_way(&self) -> &UnderWay {
+        &self.under_way
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 }

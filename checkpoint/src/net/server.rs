@@ -13,6 +13,7 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use super::client::Deadlined;
 use super::frame::{AGENT, FrameError};
 use super::msg::{Call, Return};
+use crate::agent::metrics::Reason;
 
 /// Connections at a time; more are closed at once.
 const MOST: usize = 512;
@@ -30,6 +31,8 @@ const WRITE: Duration = Duration::from_secs(60);
 pub trait Handler: Send + Sync + 'static {
     /// Does what `call` asks, with whatever deadline that needs; `from` is the caller's address.
     fn handle(&self, from: SocketAddr, call: Call) -> Return;
+    /// Somebody was not heard.
+    fn rejected(&self, reason: Reason);
 }
 
 /// Serves until the process ends.
@@ -49,6 +52,7 @@ pub fn serve(listener: TcpListener, config: Arc<ServerConfig>, handler: Arc<dyn 
             if live.fetch_add(1, Ordering::Relaxed) >= MOST {
                 live.fetch_sub(1, Ordering::Relaxed);
                 eprintln!("{from}: closed, {MOST} connections are open");
+                handler.rejected(Reason::Flood);
                 continue;
             }
             let (config, handler, done) = (config.clone(), handler.clone(), live.clone());
@@ -78,7 +82,12 @@ fn converse(
     let mut stream = StreamOwned::new(tls, Deadlined::new(tcp));
     stream.sock.until = Some(Instant::now() + HANDSHAKE);
     while stream.conn.is_handshaking() {
-        stream.conn.complete_io(&mut stream.sock)?;
+        if let Err(e) = stream.conn.complete_io(&mut stream.sock) {
+            let e = FrameError::from(e);
+            // Whatever else ends a handshake is about certificates, or came from no agent.
+            handler.rejected(if matches!(e, FrameError::TimedOut) { Reason::Slow } else { Reason::Tls });
+            return Err(e);
+        }
     }
     loop {
         stream.sock.until = Some(Instant::now() + IDLE);
@@ -88,7 +97,10 @@ fn converse(
             // A caller that just went away, without TLS' good-bye: its own business.
             Err(FrameError::Io(e)) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             Err(FrameError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
-            Err(e) => return Err(e),
+            Err(e) => {
+                Reason::of(&e).into_iter().for_each(|reason| handler.rejected(reason));
+                return Err(e);
+            }
         };
         let back = handler.handle(from, call);
         stream.sock.until = Some(Instant::now() + WRITE);
@@ -103,9 +115,12 @@ mod tests {
     use crate::net::msg::{Answer, Order, Refusal};
     use crate::net::tls::{Identity, TlsFiles};
     use crate::pki;
+    use std::io::Write;
     use std::path::Path;
+    use std::sync::Mutex;
 
-    struct Echo;
+    #[derive(Default)]
+    struct Echo(Mutex<Vec<Reason>>);
     impl Handler for Echo {
         fn handle(&self, _: SocketAddr, call: Call) -> Return {
             let answer = match call.order {
@@ -114,6 +129,17 @@ mod tests {
             };
             Return { seq: call.seq, answer }
         }
+        fn rejected(&self, reason: Reason) {
+            self.0.lock().unwrap().push(reason);
+        }
+    }
+
+    fn wait_for(echo: &Echo, expected: &[Reason]) {
+        let until = Instant::now() + SOON;
+        while echo.0.lock().unwrap().len() < expected.len() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(*echo.0.lock().unwrap(), expected);
     }
 
     fn identity(dir: &Path, name: &str) -> Identity {
@@ -134,11 +160,12 @@ mod tests {
         .unwrap()
     }
 
-    fn start(identity: &Identity) -> u16 {
+    fn start(identity: &Identity) -> (u16, Arc<Echo>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        serve(listener, identity.server.clone(), Arc::new(Echo)).unwrap();
-        port
+        let echo = Arc::new(Echo::default());
+        serve(listener, identity.server.clone(), echo.clone()).unwrap();
+        (port, echo)
     }
 
     const SOON: Duration = Duration::from_secs(20);
@@ -147,13 +174,43 @@ mod tests {
     fn two_nodes_of_one_authority_talk_and_reuse_their_connection() {
         let dir = tempfile::tempdir().unwrap();
         pki::init(dir.path()).unwrap();
-        let port = start(&identity(dir.path(), "a"));
+        let (port, echo) = start(&identity(dir.path(), "a"));
         let client = Client::new(Ok(identity(dir.path(), "b").client), port);
         for _ in 0..3 {
             assert_eq!(client.call("127.0.0.1", None, Order::Describe, SOON).unwrap(), Answer::Done);
         }
         let refused = client.call("127.0.0.1", None, Order::Fate, SOON).unwrap_err();
         assert!(matches!(refused, CallError::Refused { .. }), "{refused}");
+        assert!(echo.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn who_speaks_otherwise_is_counted_by_what_is_wrong() {
+        let dir = tempfile::tempdir().unwrap();
+        pki::init(dir.path()).unwrap();
+        let (port, echo) = start(&identity(dir.path(), "a"));
+        let config = identity(dir.path(), "b").client;
+        let good = AGENT.encode(&Call { migration: None, seq: 1, order: Order::Describe }).unwrap();
+        let with = |at: usize, byte: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = byte;
+            bytes
+        };
+        let mut expected = Vec::new();
+        for (bytes, reason) in [
+            (with(0, b'x'), Reason::Malformed),
+            (with(4, 0xfe), Reason::Version),
+            (with(9, 0xff), Reason::Size),
+            (with(good.len() - 1, 0xff), Reason::Malformed),
+        ] {
+            let name = rustls::pki_types::ServerName::from(std::net::IpAddr::from([127, 0, 0, 1]));
+            let tls = rustls::ClientConnection::new(config.clone(), name).unwrap();
+            let mut stream = StreamOwned::new(tls, TcpStream::connect(("127.0.0.1", port)).unwrap());
+            stream.write_all(&bytes).unwrap();
+            stream.flush().unwrap();
+            expected.push(reason);
+            wait_for(&echo, &expected);
+        }
     }
 
     #[test]
@@ -161,10 +218,11 @@ mod tests {
         let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         pki::init(ours.path()).unwrap();
         pki::init(theirs.path()).unwrap();
-        let port = start(&identity(ours.path(), "a"));
+        let (port, echo) = start(&identity(ours.path(), "a"));
         let client = Client::new(Ok(identity(theirs.path(), "b").client), port);
         let refused = client.call("127.0.0.1", None, Order::Describe, SOON).unwrap_err();
         assert!(refused.to_string().contains("same authority"), "{refused}");
+        wait_for(&echo, &[Reason::Tls]);
     }
 
     #[test]
@@ -172,12 +230,13 @@ mod tests {
         let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         pki::init(ours.path()).unwrap();
         pki::init(theirs.path()).unwrap();
-        let port = start(&identity(ours.path(), "a"));
+        let (port, echo) = start(&identity(ours.path(), "a"));
         // Trusts the server, but was issued by somebody else.
         issue(theirs.path(), "b");
         std::fs::copy(ours.path().join("ca.pem"), theirs.path().join("ca.pem")).unwrap();
         let client = Client::new(Ok(load(theirs.path(), "b").client), port);
         let refused = client.call("127.0.0.1", None, Order::Describe, SOON).unwrap_err();
         assert!(refused.to_string().contains("same authority"), "{refused}");
+        wait_for(&echo, &[Reason::Tls]);
     }
 }

@@ -4,14 +4,18 @@ use anyhow::{Result, bail};
 use checkpoint::agent::admin::{Event, Request};
 use checkpoint::agent::config::Config;
 use checkpoint::agent::status::{Container, Process, Status};
+use checkpoint::agent::taking_part::{Migration, Wait};
+use checkpoint::agent::under_way::Role;
 
 use crate::admin_client::Client;
 use crate::cli::StatusArgs;
 
 pub fn run(args: &StatusArgs) -> Result<i32> {
     let config = Config::load(args.config.as_deref())?;
-    let mut client = Client::ask(&config.admin(), &Request::Status)?;
+    let request = if args.metrics { Request::Metrics } else { Request::Status };
+    let mut client = Client::ask(&config.admin(), &request)?;
     match client.next()? {
+        Some(Event::Metrics { text }) => print!("{text}"),
         Some(Event::Status { status }) if args.json => println!("{}", serde_json::to_string_pretty(&status)?),
         Some(Event::Status { status }) => show(&status),
         Some(Event::Error { text }) => bail!("{text}"),
@@ -31,21 +35,48 @@ fn show(status: &Status) {
     for container in &status.containers {
         show_container(container);
     }
-    for (container, migration) in &status.held {
-        println!("container {container} takes part in migration {migration}");
+    for migration in &status.migrations {
+        println!("{}", line(migration));
     }
-    for arrival in &status.arriving {
-        println!("arriving: {arrival}");
+}
+
+/// More of what is waited for is only counted.
+const NAMED: usize = 3;
+
+fn line(m: &Migration) -> String {
+    let direction = match m.role {
+        Role::Source => "source, to",
+        Role::Destination => "destination, from",
+        Role::Peer => "peer of one from",
+    };
+    let since =
+        if m.over { format!("began {} ago", time(m.since_seconds)) } else { format!("for {}", time(m.since_seconds)) };
+    let mut line = format!("migration {} of {}, {direction} {}: {}, {since}", m.id, m.container, m.other, m.state);
+    let named: Vec<String> = m.waits_for.iter().take(NAMED).map(awaited).collect();
+    if !named.is_empty() {
+        line += &format!(", waits for {}", named.join("; "));
     }
-    for session in &status.sessions {
-        println!("{session}");
+    let more = m.waits_for.len().saturating_sub(NAMED);
+    if more > 0 {
+        line += &format!("; and {more} more");
     }
-    for m in &status.migrations {
-        let state = serde_json::to_value(m.state).ok();
-        let state = state.as_ref().and_then(|s| s.as_str()).unwrap_or("?");
-        let why = m.why.as_ref().map_or(String::new(), |why| format!(": {why}"));
-        println!("migration {} of {} to {}: {state}{why}", m.id, m.container, m.to);
+    if let Some(left) = m.left_seconds {
+        line += &format!(", {} left", time(left));
     }
+    if let Some(why) = &m.why {
+        line += &format!(": {why}");
+    }
+    line
+}
+
+fn awaited(wait: &Wait) -> String {
+    let left = wait.left_seconds.map_or(String::new(), |left| format!(" ({} left)", time(left)));
+    format!("{}{left}", wait.what)
+}
+
+/// Short lengths are worth a digit, long ones are not.
+fn time(seconds: f64) -> String {
+    if seconds < 10.0 { format!("{seconds:.1} s") } else { format!("{seconds:.0} s") }
 }
 
 fn show_container(container: &Container) {
@@ -71,5 +102,53 @@ fn show_process(p: &Process) {
     }
     for blocker in &p.blockers {
         println!("    cannot be moved: {blocker}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use checkpoint::phase::Phase;
+
+    fn migration() -> Migration {
+        Migration {
+            id: "0123".into(),
+            container: "web".into(),
+            role: Role::Source,
+            other: "10.0.0.2:7477".into(),
+            phase: Some(Phase::WaitBeforeStop),
+            state: "wait-before-stop".into(),
+            since_seconds: 0.34,
+            waits_for: Vec::new(),
+            left_seconds: None,
+            over: false,
+            why: None,
+        }
+    }
+
+    #[test]
+    fn a_line_says_what_is_waited_for_and_how_much_time_is_left() {
+        let wait = |what: &str, left| Wait { what: what.into(), since_seconds: Some(0.3), left_seconds: left };
+        let waits_for = vec![wait("a to drain", Some(12.6)), wait("b", None), wait("c", None), wait("d", None)];
+        assert_eq!(
+            line(&Migration { waits_for, ..migration() }),
+            "migration 0123 of web, source, to 10.0.0.2:7477: wait-before-stop, for 0.3 s, waits for a to drain (13 s left); \
+             b; c; and 1 more"
+        );
+        let parked = Migration {
+            role: Role::Peer,
+            other: "an image".into(),
+            state: "parked".into(),
+            waits_for: vec![wait("its image to be restored", None)],
+            left_seconds: Some(590.2),
+            ..migration()
+        };
+        assert_eq!(
+            line(&parked),
+            "migration 0123 of web, peer of one from an image: parked, for 0.3 s, waits for its image to be restored, 590 s \
+             left"
+        );
+        let over = Migration { over: true, state: "aborted".into(), why: Some("Ctrl-C".into()), ..migration() };
+        assert_eq!(line(&over), "migration 0123 of web, source, to 10.0.0.2:7477: aborted, began 0.3 s ago: Ctrl-C");
     }
 }
