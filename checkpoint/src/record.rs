@@ -64,6 +64,9 @@ pub struct Record {
     pub plan: serde_json::Value,
     /// Seconds since 1970.
     pub began: u64,
+    /// Everybody goes on already; only the cleaning is left, and the destination may have forgotten the migration.
+    #[serde(default)]
+    pub resumed: bool,
     /// Why it was undone, if it was.
     pub why: Option<String>,
 }
@@ -80,6 +83,7 @@ impl Record {
             peers: Vec::new(),
             plan: serde_json::Value::Null,
             began: now(),
+            resumed: false,
             why: None,
         }
     }

@@ -37,7 +37,7 @@ pub(super) struct LetGo {
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Held {
+pub(super) struct Held {
     container: String,
     migration: String,
     source: String,
@@ -121,8 +121,8 @@ impl Agent {
     }
 
     /// Holds what the agent before this one held.
-    pub(super) fn recall_claims(&self) {
-        for Held { container, migration, source } in read(&self.config.run_dir) {
+    pub(super) fn recall_claims(&self, before: Vec<Held>) {
+        for Held { container, migration, source } in before {
             let Ok(migration) = migration.parse() else { continue };
             eprintln!("container {container} takes part in {migration} of {source}");
             // What arrived is on the desk again already.
@@ -130,6 +130,12 @@ impl Agent {
             let claim = Claim::new(migration, source, why);
             lock(&self.claims).entry(container).or_insert(claim);
         }
+        self.note_claims(&lock(&self.claims));
+    }
+
+    /// What the agent before this one held, to be read before anything is held anew.
+    pub(super) fn held_before(&self) -> Vec<Held> {
+        read(&self.config.run_dir)
     }
 }
 

@@ -189,8 +189,9 @@ impl Agent {
         admin::refuse_second(&self.config.admin())?;
         self.forget_lost_guests();
         self.doors.serve(self.clone()).map_err(wrap)?;
+        let held = self.held_before();
         engine::prepared::take_up(self);
-        self.recall_claims();
+        self.recall_claims(held);
         self.recall_parked();
         engine::recover::run(self);
         match &self.identity {

@@ -242,6 +242,12 @@ impl Run<'_> {
 
     /// Nothing of the container stays here; everybody forgets the migration.
     pub(super) fn finish(&mut self) -> Result<(), Stop> {
+        if !std::mem::replace(&mut self.record.resumed, true)
+            && let Err(e) = self.world.records().write(&self.record)
+        {
+            // An agent that has to finish this after us would do everything once more, and ask in vain.
+            self.note(crate::agent::chain(&e));
+        }
         self.again("telling the destination that all is done", |run| {
             run.ask_destination(Order::Finish, run.answer_time()).map(drop)
         })?;

@@ -355,9 +355,11 @@ impl<'a> Run<'a> {
     /// Everything after the decision, once more: each step is harmless where it was done before.
     pub(super) fn forward_again(&mut self) -> Result<(), Stop> {
         self.kill_what_is_left();
-        self.tell_destination()?;
-        self.phase(Phase::Switch, Self::switch)?;
-        self.phase(Phase::Resume, Self::resume)?;
+        if !self.record.resumed {
+            self.tell_destination()?;
+            self.phase(Phase::Switch, Self::switch)?;
+            self.phase(Phase::Resume, Self::resume)?;
+        }
         self.phase(Phase::Finish, Self::finish)?;
         self.world.metrics().migration(Role::Source, Outcome::FinishedLater);
         Ok(())
