@@ -150,4 +150,13 @@ mod tests {
         assert_eq!(Config::default().metrics, None);
         assert!(matches!(Config::load(Some(&dir.path().join("none"))), Err(ConfigError::Read { .. })));
     }
+
+    #[test]
+    fn the_promises_name_every_deadline_with_its_default() {
+        let text = include_str!("../../PROMISES.md");
+        let serde_json::Value::Object(all) = serde_json::to_value(Deadlines::default()).unwrap() else { panic!() };
+        for (name, seconds) in all {
+            assert!(text.contains(&format!("| `{name}` | {seconds} |")), "{name} = {seconds} s is not in PROMISES.md");
+        }
+    }
 }

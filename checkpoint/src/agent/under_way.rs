@@ -243,7 +243,7 @@ mod tests {
         let agent = list.wait_for_agent(Some(ID), "10.0.0.3:7477", &relay, SOON);
         let step = list.step_here(ID, &Order::Restore { files: 1 });
         assert!(list.wait_for_shim(None, "web", "app", &Request::Report, SOON).is_none());
-        assert!(list.step_here(ID, &Order::FileEnd { crc: 0 }).is_none());
+        assert!(list.step_here(ID, &Order::FileEnd { len: 0, crc: 0 }).is_none());
         let [own, far, here] = [
             "app (pid 7 of container web) to drain",
             "pid 8 of container db at 10.0.0.3:7477 to drain",

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -63,6 +64,7 @@ impl Run<'_> {
             let image = self.rdma_image();
             image::write(&images, &image).map_err(|e| Stop::Failed(crate::agent::chain(&e)))?;
         }
+        self.voyage = Some(self.embark(0)?);
         self.hold_dump(DumpJob { images, work, parent: precopy::parent(self.rounds) })
     }
 
@@ -70,7 +72,7 @@ impl Run<'_> {
     pub(super) fn hold_dump(&mut self, job: DumpJob) -> Result<(), Stop> {
         let (reached_tx, reached) = channel();
         let (verdict, verdict_rx) = sync_channel::<Verdict>(1);
-        let (host, container) = (self.world.host(), self.container()?.clone());
+        let (host, container, images) = (self.world.host(), self.container()?.clone(), job.images.clone());
         let run = move || {
             let mut gate = || {
                 let _ = reached_tx.send(());
@@ -84,11 +86,15 @@ impl Run<'_> {
         self.effects.dump = Some(Dump { verdict, thread });
         // CRIU leaves registered memory out; nobody writes to it any more.
         self.late_memory = self.memory_round(Phase::Dump)?.bytes;
-        self.wait_for_gate(&reached)
+        self.wait_for_gate(&reached, &images)
     }
 
-    fn wait_for_gate(&mut self, reached: &Receiver<()>) -> Result<(), Stop> {
+    fn wait_for_gate(&mut self, reached: &Receiver<()>, images: &Path) -> Result<(), Stop> {
         loop {
+            if let Some(mut voyage) = self.voyage.take() {
+                self.send_grown(&mut voyage, images, Phase::Dump)?;
+                self.voyage = Some(voyage);
+            }
             match reached.recv_timeout(LOOK) {
                 Ok(()) => return Ok(()),
                 // CRIU cannot be told to stop in the middle; its verdict will be the refusal.
@@ -143,7 +149,11 @@ impl Run<'_> {
         let Some(images) = self.effects.images.as_ref().map(|base| base.join("images")) else {
             return Err(Stop::Failed("there is no image".into()));
         };
-        let sent = self.ship(&images, 0, Phase::Transfer)?;
+        let voyage = match self.voyage.take() {
+            Some(voyage) => voyage,
+            None => self.embark(0)?,
+        };
+        let sent = self.send_rest(voyage, &images, Phase::Transfer)?;
         self.bytes = sent.bytes;
         self.sent += sent;
         Ok(())

@@ -8,16 +8,21 @@
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rdma_virt::saved::ProcessState;
 
-use super::host::PreDumpJob;
+use super::host::{Container, PreDumpJob};
+use super::shipping::Sent;
 use super::source::{Run, Stop};
 use crate::phase::Phase;
 
 /// A round is worth its cost only for so much memory, bytes: a round stops the container for a moment.
 const WORTH: u64 = 16 << 20;
+
+/// Between two looks at what CRIU has written.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Rounds, unless told otherwise.
 const ROUNDS: u32 = 5;
@@ -110,11 +115,30 @@ impl Run<'_> {
         let [images, work] = dirs;
         let job = PreDumpJob { images: images.clone(), work, parent: parent(number - 1) };
         let container = self.container()?.clone();
-        self.world.host().pre_dump(&container, &job).map_err(|e| Stop::Failed(e.to_string()))?;
+        let sent = self.dump_and_send(&container, &job, number)?;
         self.rounds = number;
-        let sent = self.ship(&images, number, Phase::PreCopy)?;
         self.sent += sent;
         Ok(Round { bytes: sent.bytes, took: start.elapsed() })
+    }
+
+    /// CRIU writes, and what it has written goes over at the same time.
+    fn dump_and_send(&self, container: &Container, job: &PreDumpJob, number: u32) -> Result<Sent, Stop> {
+        let mut voyage = self.embark(number)?;
+        let (dumped, sent) = thread::scope(|scope| {
+            let dumping = scope.spawn(|| self.world.host().pre_dump(container, job));
+            let mut sent = Ok(());
+            while !dumping.is_finished() {
+                // CRIU cannot be told to stop; a failure is told when it is done.
+                if sent.is_ok() {
+                    sent = self.send_grown(&mut voyage, &job.images, Phase::PreCopy);
+                }
+                thread::sleep(LOOK);
+            }
+            (dumping.join().unwrap_or_else(|p| std::panic::resume_unwind(p)), sent)
+        });
+        dumped.map_err(|e| Stop::Failed(e.to_string()))?;
+        sent?;
+        self.send_rest(voyage, &job.images, Phase::PreCopy)
     }
 
     fn hopeless(&self, rounds: &[Round], goal: Duration) -> Stop {

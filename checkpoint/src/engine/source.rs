@@ -188,6 +188,8 @@ pub struct Run<'a> {
     pub(super) early_mrs: u32,
     /// Bytes of the image itself.
     pub(super) bytes: u64,
+    /// The image, once parts of it go while others are still written.
+    pub(super) voyage: Option<super::shipping::Voyage>,
     /// One that was taken up again is shown by itself; others by whoever began them.
     seen: Option<Seen<'a>>,
 }
@@ -281,6 +283,7 @@ impl<'a> Run<'a> {
             late_memory: 0,
             early_mrs: 0,
             bytes: 0,
+            voyage: None,
             seen: None,
         }
     }

@@ -26,10 +26,8 @@ pub enum StoreError {
     Name(String),
     #[error("{0} out of turn")]
     Turn(&'static str),
-    #[error("{name} is longer than announced ({len} bytes)")]
-    TooLong { name: String, len: u64 },
-    #[error("{name} is incomplete: {got} of {len} bytes")]
-    Short { name: String, got: u64, len: u64 },
+    #[error("{name} has another length than sent: {got} of {len} bytes")]
+    Length { name: String, got: u64, len: u64 },
     #[error("{0} was altered on the way: its checksum differs")]
     Sum(String),
     #[error("the image is larger than {limit} bytes, far more than was announced")]
@@ -44,7 +42,6 @@ pub enum StoreError {
 struct Open {
     name: String,
     file: File,
-    len: u64,
     got: u64,
     sum: crc32fast::Hasher,
 }
@@ -117,9 +114,9 @@ impl Store {
         match order {
             Order::Round { number } => self.round(number),
             Order::Files(files) => files.into_iter().try_for_each(|file| self.whole(file)),
-            Order::FileStart { name, len, mode } => self.start(name, len, mode),
+            Order::FileStart { name, mode } => self.start(name, mode),
             Order::FilePiece { bytes } => self.piece(&bytes),
-            Order::FileEnd { crc } => self.end(crc),
+            Order::FileEnd { len, crc } => self.end(len, crc),
             other => Err(StoreError::Turn(other.name())),
         }
     }
@@ -151,14 +148,14 @@ impl Store {
 
     fn whole(&mut self, file: WholeFile) -> Result<(), StoreError> {
         let WholeFile { name, mode, bytes, crc } = file;
-        self.start(name, bytes.len() as u64, mode)?;
+        self.start(name, mode)?;
         for piece in bytes.chunks(PIECE) {
             self.piece(piece)?;
         }
-        self.end(crc)
+        self.end(bytes.len() as u64, crc)
     }
 
-    fn start(&mut self, name: String, len: u64, mode: u32) -> Result<(), StoreError> {
+    fn start(&mut self, name: String, mode: u32) -> Result<(), StoreError> {
         if self.open.is_some() || self.files >= MOST_FILES {
             return Err(StoreError::Turn("the start of a file"));
         }
@@ -166,13 +163,10 @@ impl Store {
         if name.is_empty() || name.len() > 200 || name.starts_with('.') || !name.chars().all(plain) {
             return Err(StoreError::Name(name));
         }
-        if len > self.left {
-            return Err(StoreError::TooBig { limit: self.limit });
-        }
         let path = self.at.join(&name);
         let file = OpenOptions::new().write(true).create_new(true).mode(mode & 0o700 | 0o600).open(&path);
         let file = file.map_err(|source| StoreError::Write { path, source })?;
-        self.open = Some(Open { name, file, len, got: 0, sum: crc32fast::Hasher::new() });
+        self.open = Some(Open { name, file, got: 0, sum: crc32fast::Hasher::new() });
         Ok(())
     }
 
@@ -181,24 +175,22 @@ impl Store {
         let Some(open) = self.open.as_mut().filter(|_| bytes.len() <= PIECE) else {
             return Err(StoreError::Turn("a piece of a file"));
         };
-        open.got += bytes.len() as u64;
-        if open.got > open.len {
-            return Err(StoreError::TooLong { name: open.name.clone(), len: open.len });
-        }
+        let len = bytes.len() as u64;
+        self.left = self.left.checked_sub(len).ok_or(StoreError::TooBig { limit: self.limit })?;
+        open.got += len;
         open.sum.update(bytes);
         open.file.write_all(bytes).map_err(|source| StoreError::Write { path: path.join(&open.name), source })
     }
 
-    fn end(&mut self, crc: u32) -> Result<(), StoreError> {
+    fn end(&mut self, len: u64, crc: u32) -> Result<(), StoreError> {
         let Some(open) = self.open.take() else { return Err(StoreError::Turn("the end of a file")) };
-        let Open { name, len, got, sum, .. } = open;
+        let Open { name, got, sum, .. } = open;
         if got != len {
-            return Err(StoreError::Short { name, got, len });
+            return Err(StoreError::Length { name, got, len });
         }
         if sum.finalize() != crc {
             return Err(StoreError::Sum(name));
         }
-        self.left -= len;
         self.files += 1;
         Ok(())
     }
@@ -228,8 +220,8 @@ mod tests {
         Store::make(dir.path().join("in/x"), 0).unwrap()
     }
 
-    fn start(name: &str, len: u64) -> Order {
-        Order::FileStart { name: name.into(), len, mode: 0o644 }
+    fn start(name: &str) -> Order {
+        Order::FileStart { name: name.into(), mode: 0o644 }
     }
 
     #[test]
@@ -237,10 +229,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut s = store(&dir);
         for (name, crc) in [("a.img", crc32fast::hash(b"hello")), ("b.img", 7)] {
-            s.take(start(name, 5)).unwrap();
+            s.take(start(name)).unwrap();
             s.take(Order::FilePiece { bytes: b"he".to_vec() }).unwrap();
             s.take(Order::FilePiece { bytes: b"llo".to_vec() }).unwrap();
-            let end = s.take(Order::FileEnd { crc });
+            let end = s.take(Order::FileEnd { len: 5, crc });
             assert_eq!(end.is_ok(), name == "a.img", "{end:?}");
         }
         s.is_complete(1).unwrap();
@@ -280,18 +272,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut s = store(&dir);
         for name in ["../a", "a/b", "..", ".", "", "/etc/passwd", ".hidden", "a\0b", "ü"] {
-            assert!(matches!(s.take(start(name, 1)), Err(StoreError::Name(_))), "{name:?}");
+            assert!(matches!(s.take(start(name)), Err(StoreError::Name(_))), "{name:?}");
         }
     }
 
     #[test]
-    fn more_bytes_than_announced_are_refused() {
+    fn an_image_far_larger_than_announced_and_a_file_of_another_length_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let mut s = store(&dir);
-        assert!(matches!(s.take(start("a", u64::MAX)), Err(StoreError::TooBig { .. })));
-        s.take(start("a", 1)).unwrap();
-        assert!(matches!(s.take(Order::FilePiece { bytes: vec![0; 2] }), Err(StoreError::TooLong { .. })));
-        assert!(s.take(start("b", 1)).is_err(), "the first is still open");
+        s.take(start("a")).unwrap();
+        s.take(Order::FilePiece { bytes: vec![0; 2] }).unwrap();
+        assert!(s.take(start("b")).is_err(), "the first is still open");
+        let end = s.take(Order::FileEnd { len: 3, crc: crc32fast::hash(&[0; 2]) });
+        assert!(matches!(end, Err(StoreError::Length { got: 2, len: 3, .. })), "{end:?}");
+        s.left = 1;
+        s.take(start("c")).unwrap();
+        assert!(matches!(s.take(Order::FilePiece { bytes: vec![0; 2] }), Err(StoreError::TooBig { .. })));
     }
 
     #[test]

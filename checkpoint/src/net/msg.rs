@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use crate::image::{HandOver, Secret};
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -114,14 +114,14 @@ pub enum Order {
     /// Small files, whole. → [`Answer::Done`]
     Files(Vec<WholeFile>),
     /// A file of the image begins. → [`Answer::Done`]
-    FileStart { name: String, len: u64, mode: u32 },
+    FileStart { name: String, mode: u32 },
     /// Its next bytes, at most [`PIECE`]. → [`Answer::Done`]
     FilePiece {
         #[serde(with = "serde_bytes")]
         bytes: Vec<u8>,
     },
     /// It ends; CRC-32 of all its bytes. → [`Answer::Done`]
-    FileEnd { crc: u32 },
+    FileEnd { len: u64, crc: u32 },
     /// The files with registered memory that there are now: those that are missing are made, empty, and others removed.
     /// → [`Answer::Done`]
     Memory { files: Vec<MemoryFile> },

@@ -17,6 +17,7 @@ mod precopy;
 mod processes;
 mod rebuild;
 pub mod stage;
+mod surroundings;
 
 use crate::scenario::Scenario;
 
@@ -31,6 +32,7 @@ pub const GROUPS: &[&[Scenario]] = &[
     rebuild::CLAIMS,
     failures::CLAIMS,
     faults::CLAIMS,
+    surroundings::CLAIMS,
     copies::CLAIMS,
     disk::CLAIMS,
 ];

@@ -1,0 +1,113 @@
+//! What happens around a migration while it runs: disks fill up, an agent falls silent as behind a cut line, a peer
+//! stands still, a clock jumps. Before the commit the container goes on where it was, the message says what failed, and
+//! once the cause is gone the next migration goes through.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::stage::{Pair, Stage, tail};
+use crate::lab::deploy::AGENT;
+use crate::lab::node::Output;
+use crate::scenario::{Context, Scenario};
+
+const LIMIT: Duration = Duration::from_secs(600);
+
+macro_rules! claim {
+    ($name:literal, $run:expr) => {
+        Scenario { name: $name, long: true, limit: LIMIT, run: $run }
+    };
+}
+
+/// Claims about the surroundings.
+pub const CLAIMS: &[Scenario] = &[
+    claim!("a disk that fills up on the destination: the source goes on and a later move succeeds", |c| {
+        hindered(c, &Hindrance { node: "dst", phase: "suspend", begin: FILL, end: EMPTY, words: &["no space left"] })
+    }),
+    claim!("a disk that fills up on the source: it goes on there and a later move succeeds", |c| {
+        hindered(c, &Hindrance { node: "src", phase: "suspend", begin: FILL, end: EMPTY, words: &["no space left"] })
+    }),
+    claim!("a destination that falls silent during the transfer: the source goes on and a later move succeeds", |c| {
+        let (begin, end) = (&format!("systemctl kill --kill-whom=main --signal=STOP {AGENT}"), &continued());
+        hindered(c, &Hindrance { node: "dst", phase: "transfer", begin, end, words: &["10.10.0.2", "answer"] })
+    }),
+    claim!("a peer whose agent falls silent during suspension: the source goes on and a later move succeeds", |c| {
+        let (begin, end) = (&format!("systemctl kill --kill-whom=main --signal=STOP {AGENT}"), &continued());
+        hindered(c, &Hindrance { node: "peer", phase: "pre-setup", begin, end, words: &["10.10.0.3"] })
+    }),
+    claim!("a peer that is paused during suspension: the source goes on and a later move succeeds", |c| {
+        let (begin, end) = ("migrrdma pause ck-server0", "migrrdma resume ck-server0");
+        hindered(c, &Hindrance { node: "peer", phase: "pre-setup", begin, end, words: &["ck-server0"] })
+    }),
+    claim!("clocks that jump on all hosts during a move disturb nothing", clocks),
+];
+
+/// Leaves no byte on the disk of the images. What is asked for is reserved, not written.
+const FILL: &str = "fallocate -l $(( ($(df --output=avail -B1 /var/lib | tail -1) / 4096 - 16) * 4096 )) /var/lib/full; \
+                    dd if=/dev/zero of=/var/lib/full bs=4096 oflag=append conv=notrunc 2>/dev/null; true";
+const EMPTY: &str = "rm -f /var/lib/full";
+
+fn continued() -> String {
+    format!("systemctl kill --kill-whom=main --signal=CONT {AGENT}")
+}
+
+/// Something that makes a migration impossible from some phase on.
+struct Hindrance<'a> {
+    node: &'a str,
+    phase: &'a str,
+    begin: &'a str,
+    end: &'a str,
+    /// All of them are in the message.
+    words: &'a [&'a str],
+}
+
+fn hindered(ctx: &mut Context, h: &Hindrance<'_>) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], &["--qps", "2"])?;
+    let running = stage.begin_migration(&pair.client, "dst", &[])?;
+    running.wait_for(&format!("\"enter\",\"phase\":\"{}\"", h.phase), Duration::from_secs(120))?;
+    stage.ctx.node(h.node)?.sh(h.begin)?;
+    // It ends by itself, while the cause is there.
+    let out = running.wait(Duration::from_secs(240));
+    stage.ctx.node(h.node)?.sh(h.end)?;
+    undone(&out?, h.words)?;
+    // Traffic in both directions, for longer than what was held could last.
+    stage.flow(&pair.client, 300).context("the moved end")?;
+    stage.flow(&pair.server, 300).context("its peer")?;
+    stage.migrate(&pair.client, "dst").context("a later migration")?;
+    stage.flow(&pair.client, 200)?;
+    pair.judge(&mut stage)?;
+    stage.finish()
+}
+
+fn undone(out: &Output, words: &[&str]) -> Result<()> {
+    let text = out.text() + &out.errors();
+    ensure!(
+        !out.success(),
+        "the migration succeeded: the hindrance came too late or hindered nothing:\n{}",
+        tail(&text)
+    );
+    ensure!(!out.done.timed_out, "the migration did not end by itself:\n{}", tail(&text));
+    let last = out.errors().to_lowercase();
+    ensure!(words.iter().all(|w| last.contains(w)), "the message names not all of {words:?}: {last}");
+    ensure!(last.contains("undone"), "it was not undone: {last}");
+    Ok(())
+}
+
+fn clocks(ctx: &mut Context) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], &["--qps", "2"])?;
+    for (phase, to, jump) in [("suspend", "dst", "+2 hours"), ("dump", "src", "-2 hours")] {
+        let running = stage.begin_migration(&pair.client, to, &[])?;
+        running.wait_for(&format!("\"enter\",\"phase\":\"{phase}\""), Duration::from_secs(120))?;
+        for node in ["src", "dst", "peer"] {
+            stage.ctx.node(node)?.sh(&format!("date --set '{jump}' >/dev/null"))?;
+        }
+        let out = running.wait(Duration::from_secs(120))?;
+        ensure!(out.success(), "clocks went {jump} in {phase}: {}", out.errors());
+        stage.moved(&pair.client, to)?;
+        stage.flow(&pair.client, 200)?;
+    }
+    pair.judge(&mut stage)?;
+    stage.finish()
+}
