@@ -270,6 +270,10 @@ impl Agent {
                     eprintln!("{} is over, its source says; container {container} goes on", claim.migration);
                     self.release(claim.migration, false);
                 }
+                Ok(Answer::Fate(Fate::Finished)) => {
+                    eprintln!("{} is finished, its source says; container {container} is free", claim.migration);
+                    self.release(claim.migration, true);
+                }
                 Ok(_) => {
                     if let Some(claim) = lock(&self.claims).get_mut(&container) {
                         claim.heard = Instant::now();

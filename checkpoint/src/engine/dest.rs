@@ -651,10 +651,13 @@ pub fn look_after(agent: &Agent) {
             !matches!(arrival.state, State::Prepared { .. } | State::Running { .. })
                 && arrival.heard.elapsed() > Duration::from_secs(agent.config.deadlines.orphan),
         );
+        let runs = matches!(arrival.state, State::Running { .. });
         drop(arrival);
         let order = match agent.call(&source, Some(id), Order::Fate, Duration::from_secs(10)) {
             Ok(Answer::Fate(Fate::Aborted)) => Order::Abandon,
             Ok(Answer::Fate(Fate::Committed)) => Order::Commit,
+            Ok(Answer::Fate(Fate::Finished)) if runs => Order::Finish,
+            Ok(Answer::Fate(Fate::Finished)) => Order::Commit,
             Ok(_) => {
                 lock(&entry.arrival).heard = Instant::now();
                 continue;

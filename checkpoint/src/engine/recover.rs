@@ -20,15 +20,19 @@ use crate::record::{Kind, Record, State};
 
 /// Answers [`Order::Fate`]. No record means that it never committed.
 pub fn fate(agent: &Agent, id: MigrationId) -> Fate {
-    let committed = match agent.records.read(id) {
-        Ok(record) => record.is_some_and(|r| matches!(r.state, State::Committed | State::Finished)),
+    let record = match agent.records.read(id) {
+        Ok(record) => record,
         Err(e) => {
             // Neither yes nor no may be guessed.
             eprintln!("{id}: {}", chain(&e));
             return Fate::Undecided;
         }
     };
-    if committed {
+    let of = |state: State| record.as_ref().is_some_and(|r| r.state == state);
+    // After a checkpoint peers go on waiting, for whoever restores it.
+    if of(State::Finished) && record.as_ref().is_some_and(|r| r.kind != Kind::Checkpoint) {
+        Fate::Finished
+    } else if of(State::Committed) || of(State::Finished) {
         Fate::Committed
     } else if lock(&agent.running).contains_key(&id) || agent.sessions.has(id) {
         Fate::Undecided

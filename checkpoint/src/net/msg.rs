@@ -260,6 +260,8 @@ pub enum Fate {
     /// It is under way.
     Undecided,
     Committed,
+    /// Committed, and everybody has gone on since: there is nothing to hold any more.
+    Finished,
     /// Or never heard of: a source that has no record has not committed.
     Aborted,
 }
