@@ -175,17 +175,26 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), RecordErro
 
 /// Replaces a file in one step and flushes it and its directory.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    swap(path, bytes, mode, File::sync_all)?;
+    match path.parent() {
+        Some(dir) => File::open(dir)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// Replaces a file in one step, for what need not outlive this host's uptime: nothing is flushed.
+pub fn replace_json_unflushed<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
+    swap(path, &serde_json::to_vec(value)?, 0o600, |_| Ok(()))
+}
+
+fn swap(path: &Path, bytes: &[u8], mode: u32, flush: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
     let mut tmp = path.as_os_str().to_owned();
     tmp.push(".new");
     let tmp = PathBuf::from(tmp);
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&tmp)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&tmp, path)?;
-    match path.parent() {
-        Some(dir) => File::open(dir)?.sync_all(),
-        None => Ok(()),
-    }
+    flush(&file)?;
+    fs::rename(&tmp, path)
 }
 
 /// `None` if there is no such file.

@@ -7,9 +7,7 @@
 //! own migrations are not in it: those have records.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs::{self, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -19,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::peer::{Claim, Why};
 use super::{Agent, LOCAL, chain, lock};
-use crate::record::read_json;
+use crate::record::{read_json, replace_json_unflushed};
 
 /// Name of the file.
 const FILE: &str = "claims.json";
@@ -44,17 +42,14 @@ pub(super) struct Held {
 }
 
 fn write(dir: &Path, held: &[Held]) -> std::io::Result<()> {
-    let (path, draft) = (dir.join(FILE), dir.join("claims.json.new"));
+    let path = dir.join(FILE);
     if held.is_empty() {
         return match fs::remove_file(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
         };
     }
-    let text = serde_json::to_vec(held)?;
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
-    file.write_all(&text)?;
-    fs::rename(&draft, &path)
+    replace_json_unflushed(&path, &held)
 }
 
 fn read(dir: &Path) -> Vec<Held> {

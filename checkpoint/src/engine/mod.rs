@@ -123,6 +123,23 @@ pub struct MigrateRequest {
     pub drain: Option<u64>,
 }
 
+impl MigrateRequest {
+    /// Without any wish: what the shared phases look at where nobody asked for a migration, or not this time.
+    pub(crate) fn plain(container: &str, to: &str) -> Self {
+        MigrateRequest {
+            container: container.into(),
+            to: to.into(),
+            dry_run: false,
+            pre_setup: yes(),
+            pre_copy_rounds: None,
+            max_blackout: None,
+            copy_rootfs: false,
+            hand_over: None,
+            drain: None,
+        }
+    }
+}
+
 fn yes() -> bool {
     true
 }

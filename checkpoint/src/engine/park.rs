@@ -97,27 +97,8 @@ pub fn checkpoint(
     drop(seen);
     progress.event(match outcome {
         Outcome::Plain => Event::Plain,
-        Outcome::Ended(End::Done(summary)) => Event::Done { summary },
-        Outcome::Ended(End::Refused(reasons)) => Event::Refused { reasons },
-        Outcome::Ended(End::Possible) => Event::Possible,
-        Outcome::Ended(End::Undone { phase, why, left, .. }) => Event::Undone { phase, why, left },
-        Outcome::Ended(End::Unfinished { phase, why }) => Event::Unfinished { phase, why },
+        Outcome::Ended(end) => end.into(),
     });
-}
-
-/// A migration from or to this host, as far as the shared phases look at what was asked for.
-pub(super) fn local_request(container: &str) -> MigrateRequest {
-    MigrateRequest {
-        container: container.into(),
-        to: LOCAL.into(),
-        dry_run: false,
-        pre_setup: true,
-        pre_copy_rounds: None,
-        max_blackout: None,
-        copy_rootfs: false,
-        hand_over: None,
-        drain: None,
-    }
 }
 
 fn attempts(
@@ -129,7 +110,7 @@ fn attempts(
     progress: &dyn Progress,
 ) -> Outcome {
     let world = ByHand::new(agent, clerk.clone());
-    let asked = local_request(&request.container);
+    let asked = MigrateRequest::plain(&request.container, LOCAL);
     for attempt in 1.. {
         let mut run = Run::new(&world, session.id, &asked, cancel, progress);
         run.record.kind = Kind::Checkpoint;

@@ -15,9 +15,7 @@
 //! Nothing here is flushed: what is restored does not outlive its host. This is not the record that decides, which
 //! lies with the source.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -32,7 +30,7 @@ use super::store::Store;
 use crate::agent::{Agent, chain, lock};
 use crate::image::HandOver;
 use crate::net::msg::Offer;
-use crate::record::read_json;
+use crate::record::{read_json, replace_json_unflushed};
 
 /// Name of the note in an image's directory.
 const NOTE: &str = "prepared.json";
@@ -80,14 +78,8 @@ impl Note {
 
     /// Replaces the note in `dir`, in one step.
     pub fn write(&self, dir: &Path) -> Result<(), String> {
-        let (path, draft) = (dir.join(NOTE), dir.join("prepared.json.new"));
-        let write = || {
-            let text = serde_json::to_vec(self)?;
-            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
-            file.write_all(&text)?;
-            fs::rename(&draft, &path)
-        };
-        write().map_err(|e: std::io::Error| format!("cannot write {}: {e}", path.display()))
+        let path = dir.join(NOTE);
+        replace_json_unflushed(&path, self).map_err(|e| format!("cannot write {}: {e}", path.display()))
     }
 
     fn read(dir: &Path) -> Result<Option<Note>, String> {

@@ -154,17 +154,7 @@ fn finish(agent: &Arc<Agent>, record: Record) {
             return;
         }
     };
-    let request = MigrateRequest {
-        container: record.container.clone(),
-        to: record.to.clone(),
-        dry_run: false,
-        pre_setup: true,
-        pre_copy_rounds: None,
-        max_blackout: None,
-        copy_rootfs: false,
-        hand_over: None,
-        drain: None,
-    };
+    let request = MigrateRequest::plain(&record.container, &record.to);
     let (cancel, log) = (Cancel::default(), Log(id));
     let world: &dyn World = &**agent;
     let mut run = Run::new(world, id, &request, &cancel, &log);

@@ -18,12 +18,11 @@ use super::by_hand::{ByHand as Surroundings, Clerk};
 use super::dest::{Arrival, Entry};
 use super::forward::Forward;
 use super::negotiate::offered;
-use super::park::local_request;
 use super::plan::{PeerProcess, Plan};
 use super::source::{End, Run, Stop, confused};
 use super::store::Store;
 use super::world::World;
-use super::{Cancel, Progress, check, dest};
+use super::{Cancel, MigrateRequest, Progress, check, dest};
 use crate::agent::admin::Event;
 use crate::agent::metrics::{Operation, Outcome};
 use crate::agent::under_way::Role;
@@ -176,7 +175,7 @@ fn try_partial(
     let until = Instant::now() + Duration::from_secs(agent.config.deadlines.session);
     let by_hand = ByHand::Partial { plan: found.plan.clone(), until };
     admit(agent, request, &found, by_hand, &found.origin)?;
-    let asked = local_request(name);
+    let asked = MigrateRequest::plain(name, LOCAL);
     let _seen = agent.under_way.begin(found.id, name, Role::Destination, "an image");
     let mut run = Run::new(&**agent, found.id, &asked, cancel, progress);
     take_over(&mut run, &found);
@@ -287,13 +286,7 @@ pub fn restore(
     if let Some(outcome) = end.outcome() {
         agent.metrics.image(Operation::Restore, outcome);
     }
-    progress.event(match end {
-        End::Done(summary) => Event::Done { summary },
-        End::Refused(reasons) => Event::Refused { reasons },
-        End::Possible => Event::Possible,
-        End::Undone { phase, why, left, .. } => Event::Undone { phase, why, left },
-        End::Unfinished { phase, why } => Event::Unfinished { phase, why },
-    });
+    progress.event(end.into());
 }
 
 fn try_restore(
@@ -308,7 +301,7 @@ fn try_restore(
     world.origin = (!found.origin.is_empty() && agent.client.normalise(&found.origin).is_ok())
         .then(|| found.origin.clone())
         .filter(|at| World::destination(&**agent, at).is_ok());
-    let asked = local_request(&request.container);
+    let asked = MigrateRequest::plain(&request.container, LOCAL);
     let mut run = Run::new(&world, found.id, &asked, cancel, progress);
     run.record.kind = Kind::Restore;
     take_over(&mut run, found);

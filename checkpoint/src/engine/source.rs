@@ -194,6 +194,18 @@ pub struct Run<'a> {
     seen: Option<Seen<'a>>,
 }
 
+impl From<End> for Event {
+    fn from(end: End) -> Self {
+        match end {
+            End::Done(summary) => Event::Done { summary },
+            End::Refused(reasons) => Event::Refused { reasons },
+            End::Possible => Event::Possible,
+            End::Undone { phase, why, left, .. } => Event::Undone { phase, why, left },
+            End::Unfinished { phase, why } => Event::Unfinished { phase, why },
+        }
+    }
+}
+
 /// Runs a migration for an administrator, with as many attempts as it takes to get past other migrations.
 pub fn migrate(agent: &Arc<Agent>, request: &MigrateRequest, cancel: &Arc<Cancel>, progress: &dyn Progress) {
     let id = MigrationId(super::forward::random());
@@ -210,13 +222,7 @@ pub fn migrate(agent: &Arc<Agent>, request: &MigrateRequest, cancel: &Arc<Cancel
     if let End::Done(summary) = &end {
         agent.metrics.done(summary);
     }
-    progress.event(match end {
-        End::Done(summary) => Event::Done { summary },
-        End::Refused(reasons) => Event::Refused { reasons },
-        End::Possible => Event::Possible,
-        End::Undone { phase, why, left, .. } => Event::Undone { phase, why, left },
-        End::Unfinished { phase, why } => Event::Unfinished { phase, why },
-    });
+    progress.event(end.into());
 }
 
 fn attempts(
