@@ -141,7 +141,11 @@ pub enum ImageError {
 
 /// The bytes of an image file.
 pub fn encode(image: &RdmaImage) -> Result<Vec<u8>, ImageError> {
-    let body = postcard::to_stdvec(image).map_err(ImageError::Encode)?;
+    seal(&postcard::to_stdvec(image).map_err(ImageError::Encode)?)
+}
+
+/// The bytes of an image file with these contents, which may make no sense: header and checksum are right.
+pub fn seal(body: &[u8]) -> Result<Vec<u8>, ImageError> {
     let len = body.len() as u64;
     if body.len() > MAX_LEN - HEADER {
         return Err(ImageError::TooLarge { len: len + HEADER as u64 });
@@ -149,9 +153,9 @@ pub fn encode(image: &RdmaImage) -> Result<Vec<u8>, ImageError> {
     let mut bytes = Vec::with_capacity(HEADER + body.len());
     bytes.extend_from_slice(&MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());
-    bytes.extend_from_slice(&checksum(VERSION, len, &body).to_le_bytes());
+    bytes.extend_from_slice(&checksum(VERSION, len, body).to_le_bytes());
     bytes.extend_from_slice(&len.to_le_bytes());
-    bytes.extend_from_slice(&body);
+    bytes.extend_from_slice(body);
     Ok(bytes)
 }
 

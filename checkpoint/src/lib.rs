@@ -21,6 +21,8 @@ pub mod net;
 pub mod phase;
 pub mod pki;
 pub mod record;
+#[cfg(test)]
+mod seeds;
 pub mod timeline;
 pub mod tree;
 pub mod uverbs;

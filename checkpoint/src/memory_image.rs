@@ -15,7 +15,8 @@ use crate::net::msg::{MemoryPages, Order, PIECE};
 /// Its name in an image directory.
 pub const NAME: &str = "registered-memory.img";
 
-const MAGIC: [u8; 8] = *b"mrmem\0\0\x01";
+/// What it begins with.
+pub const MAGIC: [u8; 8] = *b"mrmem\0\0\x01";
 
 /// Longest frame: one piece and what describes it, bytes.
 const LONGEST: usize = PIECE + (1 << 20);
@@ -56,10 +57,14 @@ pub fn save(dir: &Path, images: &Path) -> Result<(), MemoryImageError> {
 }
 
 fn put(out: &mut impl Write, order: &Order) -> io::Result<()> {
-    let body = postcard::to_stdvec(order).map_err(io::Error::other)?;
+    part(out, &postcard::to_stdvec(order).map_err(io::Error::other)?)
+}
+
+/// One part of an image, with its length and checksum. Nothing says that it makes sense.
+pub fn part(out: &mut impl Write, body: &[u8]) -> io::Result<()> {
     out.write_all(&(body.len() as u32).to_le_bytes())?;
-    out.write_all(&crc32fast::hash(&body).to_le_bytes())?;
-    out.write_all(&body)
+    out.write_all(&crc32fast::hash(body).to_le_bytes())?;
+    out.write_all(body)
 }
 
 /// Whether an image holds registered memory.

@@ -8,9 +8,11 @@
 pub mod bench;
 pub mod census;
 pub mod demo;
+pub mod fuzz;
 pub mod lab;
 pub mod link_health;
 pub mod scenario;
 pub mod scenarios;
 pub mod setup;
+pub mod soak;
 pub mod verdict;

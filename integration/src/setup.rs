@@ -90,7 +90,16 @@ pub fn run(cmd: &mut Command) -> Result<()> {
 
 /// Installs what is missing; does nothing and says nothing when all is there.
 pub fn ensure() -> Result<()> {
-    let missing: Vec<&Need> = NEEDS.iter().filter(|n| !n.probe.present()).collect();
+    ensure_all(NEEDS)
+}
+
+/// What fuzzing needs on top.
+pub fn ensure_for_fuzzing() -> Result<()> {
+    ensure_all(&[Need { package: "g++", probe: Probe::Program("g++"), why: "builds libFuzzer" }])
+}
+
+fn ensure_all(needs: &[Need]) -> Result<()> {
+    let missing: Vec<&Need> = needs.iter().filter(|n| !n.probe.present()).collect();
     if missing.is_empty() {
         return Ok(());
     }

@@ -14,11 +14,14 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::lab::deploy;
 use crate::lab::paths::Paths;
 use crate::scenario::{RESULTS_ENV, Tally};
-use crate::setup;
+use crate::{fuzz, setup};
 
 /// The lab instance tests use unless `MIGRRDMA_LAB` names another: a lab that
 /// somebody works in is not reset under their hands.
 const TEST_INSTANCE: &str = "test";
+
+/// Seconds for each fuzz target in `--all`.
+const FUZZ: u64 = 60;
 
 /// What to run.
 #[derive(Debug, Clone, Default)]
@@ -48,6 +51,10 @@ pub fn run(options: &Options) -> Result<bool> {
     heading("release build");
     deploy::build(&paths)?;
     heading("scenarios in the lab");
+    if options.all && options.filters.is_empty() {
+        heading("fuzzing");
+        fuzz::run(&fuzz::Options { seconds: FUZZ, list: false, targets: Vec::new() })?;
+    }
     let lab = LabName::choose();
     let in_lab = in_the_lab(&paths, options, &lab);
     if !options.keep {

@@ -12,7 +12,7 @@ use super::metrics::{Door, Lookup, Reason};
 use super::{Agent, LOCAL, facts, lock, procs};
 use crate::moved;
 use crate::net::frame::{FrameError, SHIM};
-use crate::net::msg::{self, Order, Resolved};
+use crate::net::msg::{self, MovedProcess, Order, Resolved};
 
 /// A caller says who it is and what it wants within this time.
 const FIRST_WORDS: Duration = Duration::from_secs(5);
@@ -29,6 +29,24 @@ pub struct Registered {
     pub container: String,
     pub vpid: Vpid,
     pub pqpn: PQpn,
+}
+
+/// Where a QP is that was made on this host after its container came here. A process that came along shows the GIDs it
+/// had; one that was started here, perhaps after others had ended, shows this host's; a child of one that came along
+/// shows its parent's, which any of that container's old QPs knows.
+fn place(all: &[MovedProcess], known: &Registered, vgid: VGid, here: impl FnOnce() -> Vec<VGid>) -> Option<Resolved> {
+    let mut of = all.iter().filter(|p| p.container == known.container && p.vgids.contains(&vgid));
+    let from = |process: &MovedProcess| {
+        let pgid = moved::now(process, vgid).or(process.qps.first().map(|(_, _, pgid)| *pgid))?;
+        Some(Resolved { pgid, pqpn: known.pqpn, keys: process.keys.0.clone() })
+    };
+    if let Some(itself) = of.clone().find(|p| p.vpid == known.vpid) {
+        return from(itself);
+    }
+    if here().contains(&vgid) {
+        return Some(Resolved { pgid: PGid(vgid.0), pqpn: known.pqpn, keys: Vec::new() });
+    }
+    from(of.next()?)
 }
 
 impl super::doors::Caller for Agent {
@@ -172,19 +190,7 @@ impl Agent {
             return Some(found);
         }
         let known = lock(&self.registered).get(&vqpn).cloned()?;
-        // A container that came from elsewhere shows the GIDs it had there: any of its old QPs knows today's.
-        let all = self.moved.all();
-        let mut of = all.iter().filter(|p| p.container == known.container && p.vgids.contains(&vgid));
-        match of.clone().find(|p| p.vpid == known.vpid).or_else(|| of.next()) {
-            Some(process) => {
-                let pgid = moved::now(process, vgid).or(process.qps.first().map(|(_, _, pgid)| *pgid))?;
-                Some(Resolved { pgid, pqpn: known.pqpn, keys: process.keys.0.clone() })
-            }
-            None if facts::shown_gids().contains(&vgid) => {
-                Some(Resolved { pgid: PGid(vgid.0), pqpn: known.pqpn, keys: Vec::new() })
-            }
-            None => None,
-        }
+        place(&self.moved.all(), &known, vgid, facts::shown_gids)
     }
 
     fn resolve_there(&self, at: &str, vgid: VGid, vqpn: VQpn) -> Option<Resolved> {
@@ -212,6 +218,32 @@ mod tests {
     use crate::engine::fixture::IdleHost;
     use std::io::Write;
     use std::sync::Arc;
+
+    #[test]
+    fn a_qp_made_after_a_move_is_where_its_process_shows_it() {
+        let [old, here, other] = [1, 2, 3].map(|n| [n; 16]);
+        // It came from elsewhere to here; another one that was started here left and has ended since.
+        let came = |vpid, vgid, pgid| MovedProcess {
+            container: "c".into(),
+            vpid: Vpid(vpid),
+            vgids: vec![VGid(vgid)],
+            gids: vec![(VGid(vgid), PGid(pgid))],
+            qps: Vec::new(),
+            keys: rdma_virt::msg::KeyTable::default(),
+            lease: msg::Lease { first: 1 << 20, count: 8 },
+            at: String::new(),
+            since: 1,
+        };
+        let all = [came(1, old, here), came(9, here, other)];
+        let at = |vpid, vgid| {
+            let known = Registered { container: "c".into(), vpid: Vpid(vpid), pqpn: PQpn(5) };
+            place(&all, &known, VGid(vgid), || vec![VGid(here)]).map(|r| r.pgid.0)
+        };
+        assert_eq!(at(1, old), Some(here), "a process that came along");
+        assert_eq!(at(7, here), Some(here), "one that was started here shows what there is");
+        assert_eq!(at(7, old), Some(here), "a child of one that came along");
+        assert_eq!(at(7, [8; 16]), None);
+    }
 
     #[test]
     fn who_is_not_heard_is_counted_by_the_reason_and_who_just_leaves_is_not() {

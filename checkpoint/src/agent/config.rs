@@ -45,6 +45,9 @@ pub struct Config {
 pub struct Deadlines {
     /// A short answer of a shim or of another agent.
     pub answer: u64,
+    /// An agent that is asked something says every two seconds that it is at work; one that does not is given up after
+    /// so long.
+    pub silence: u64,
     /// Until everything in flight has completed.
     pub drain: u64,
     /// Until the destination has restored the container.
@@ -53,6 +56,8 @@ pub struct Deadlines {
     pub reconnect: u64,
     /// After commit: keep trying to reach everybody.
     pub forward: u64,
+    /// Another migration that holds the container, or one of its peers, is waited for.
+    pub busy: u64,
     /// A peer whose source cannot be reached gives up waiting.
     pub orphan: u64,
     /// After a pre-dump: until the checkpoint it prepares; and a partial restore until the restore.
@@ -65,10 +70,12 @@ impl Default for Deadlines {
     fn default() -> Self {
         Deadlines {
             answer: 30,
+            silence: 20,
             drain: 10,
             restore: 120,
             reconnect: 30,
             forward: 300,
+            busy: 300,
             orphan: 600,
             session: 600,
             parked: 600,

@@ -1,14 +1,22 @@
 //! What this host is: its RDMA devices, addresses and processor, and whose agent a GID belongs to.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use rdma_virt::id::{PGid, VGid};
 
 use super::{Agent, LOCAL};
 use crate::net::msg::{Answer, DeviceFacts, GidFacts, HostFacts, Order};
 use crate::uverbs;
-use std::time::Duration;
+
+/// Agents that are remembered, and asked in one search.
+const MOST: usize = 256;
+
+/// For one search among agents, and for one agent in it.
+const SEARCH: Duration = Duration::from_secs(6);
+const ONE: Duration = Duration::from_secs(2);
 
 /// RDMA devices as sysfs tells; none if it cannot be read.
 pub fn devices() -> Vec<DeviceFacts> {
@@ -62,6 +70,12 @@ pub fn is_own_address(ip: IpAddr) -> bool {
         })
 }
 
+/// Whether packets could be sent there at all. RDMA asks no routing table for a neighbour's GID, TCP does. Sends nothing.
+fn has_route(ip: IpAddr) -> bool {
+    let any: IpAddr = if ip.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    std::net::UdpSocket::bind((any, 0)).and_then(|socket| socket.connect((ip, 9))).is_ok()
+}
+
 impl Agent {
     /// Answers [`Order::Describe`].
     pub fn describe(&self) -> HostFacts {
@@ -70,6 +84,7 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").into(),
             criu: self.host.criu().ok(),
             devices: devices(),
+            agents: super::lock(&self.met).clone(),
         }
     }
 
@@ -84,8 +99,8 @@ impl Agent {
             return at.clone();
         }
         let says_its_host = match ip {
-            IpAddr::V4(_) => true,
-            IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+            IpAddr::V4(_) => has_route(ip),
+            IpAddr::V6(v6) => !v6.is_unicast_link_local() && has_route(ip),
         };
         if !says_its_host && let Some(at) = self.ask_around(gid) {
             return at;
@@ -93,7 +108,16 @@ impl Agent {
         ip.to_string()
     }
 
-    /// For GIDs that name no address: asks every agent we know of. Answers are remembered.
+    /// Remembers an agent that takes part in a migration with this one.
+    pub fn meet(&self, at: &str) {
+        let mut met = super::lock(&self.met);
+        if at != LOCAL && met.len() < MOST && !met.iter().any(|known| known == at) {
+            met.push(at.to_owned());
+        }
+    }
+
+    /// For GIDs that name no address, or one that only RDMA reaches: asks every agent we know of, and those that they
+    /// know of. Answers are remembered.
     fn ask_around(&self, gid: PGid) -> Option<String> {
         if let Some(at) = super::lock(&self.owners).get(&gid) {
             return Some(at.clone());
@@ -101,17 +125,25 @@ impl Agent {
         let mut known: Vec<String> = self.config.agents.clone();
         known.extend(self.config.gid_map.values().cloned());
         known.extend(super::lock(&self.met).iter().cloned());
-        known.sort();
-        known.dedup();
-        for at in known {
-            let answer = self.client.call(&at, None, Order::Describe, Duration::from_secs(2));
-            if let Ok(Answer::Host(facts)) = answer {
-                let mut owners = super::lock(&self.owners);
-                for device in facts.devices {
-                    owners.extend(device.gids.iter().map(|g| (g.gid, at.clone())));
-                }
+        let until = Instant::now() + SEARCH;
+        let mut asked = BTreeSet::new();
+        while let Some(at) = known.pop() {
+            if asked.len() >= MOST || Instant::now() >= until {
+                break;
+            }
+            if !asked.insert(at.clone()) {
+                continue;
+            }
+            let Ok(Answer::Host(facts)) = self.client.call(&at, None, Order::Describe, ONE) else { continue };
+            known.extend(facts.agents);
+            let mut owners = super::lock(&self.owners);
+            for device in facts.devices {
+                owners.extend(device.gids.iter().map(|g| (g.gid, at.clone())));
+            }
+            if let Some(found) = owners.get(&gid) {
+                return Some(found.clone());
             }
         }
-        super::lock(&self.owners).get(&gid).cloned()
+        None
     }
 }

@@ -126,7 +126,7 @@ impl Reason {
     pub fn of(e: &FrameError) -> Option<Reason> {
         match e {
             FrameError::Closed | FrameError::Io(_) | FrameError::Encode(_) => None,
-            FrameError::TimedOut => Some(Reason::Slow),
+            FrameError::TimedOut | FrameError::Silent(_) => Some(Reason::Slow),
             FrameError::Version { .. } => Some(Reason::Version),
             FrameError::TooLong { .. } => Some(Reason::Size),
             FrameError::Magic(_) | FrameError::Body(_) | FrameError::Rest(_) => Some(Reason::Malformed),

@@ -55,7 +55,7 @@ use crate::engine::dest::Desk;
 use crate::engine::host::Host;
 use crate::moved::Moved;
 use crate::net::client::{CallError, Client};
-use crate::net::msg::{Answer, Call, Order, Refusal, Return};
+use crate::net::msg::{Answer, BEAT, Call, Order, Refusal, Return};
 use crate::net::server;
 use crate::net::tls::Identity;
 use crate::record::{RecordError, Records, make_dir};
@@ -156,7 +156,9 @@ impl Agent {
         make_dir(&config.state_dir)?;
         let doors = Doors::open(&config.run_dir).map_err(|e| wrap(&config.run_dir, e))?;
         let identity = Identity::load(&config.tls).map_err(|e| chain(&e));
-        let client = Client::new(identity.as_ref().map(|i| i.client.clone()).map_err(Clone::clone), config.port());
+        let silence = Duration::from_secs(config.deadlines.silence).max(BEAT * 2);
+        let client =
+            Client::new(identity.as_ref().map(|i| i.client.clone()).map_err(Clone::clone), config.port(), silence);
         let under_way = Arc::new(UnderWay::default());
         Ok(Arc::new(Agent {
             moved: Moved::open(&config.state_dir)?,

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::{MigrationId, PQpn};
-use rdma_virt::msg::{Request, Scope};
+use rdma_virt::msg::{Reply, Request, Scope};
 use rdma_virt::saved::{ProcessState, QpPhase};
 
 use super::metrics::{Lookup, Outcome};
@@ -22,6 +22,9 @@ use crate::net::msg::{Answer, End, FarEnd, Fate, Link, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
 pub(super) const QUIET: Duration = Duration::from_secs(20);
+
+/// A process whose connection just ended is gone by then, if it is going to be.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// Why a container takes part in a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,6 +113,7 @@ impl Agent {
             }
         }
         let source = from.map_or(LOCAL.into(), |from| SocketAddr::new(from.ip(), port).to_string());
+        self.meet(&source);
         let mut claims = lock(&self.claims);
         if let Some((id, claim)) =
             containers.iter().filter_map(|id| Some((id, claims.get(id)?))).find(|(_, c)| c.migration != migration)
@@ -190,16 +194,32 @@ impl Agent {
             Request::Drain { deadline_ms, .. } => Duration::from_millis((*deadline_ms).into()) + self.answer_time(),
             _ => self.answer_time(),
         };
-        let answer = self.shims.get(container, vpid).and_then(|shim| shim.ask(Some(migration), request, deadline));
-        match answer {
+        match self.ask_shim(container, vpid, Some(migration), request, deadline) {
             Ok(reply) => Ok(Answer::Shim(reply)),
             Err(ShimError::Busy { by, .. }) => Err(Refusal::Busy { container: container.into(), by }),
             // This agent may have been started a moment ago; its shims come back one by one.
-            Err(e @ ShimError::Absent { .. }) if self.is_there(container, vpid) => {
+            Err(e @ ShimError::Absent { .. }) => {
                 Err(Refusal::Failed(format!("{}, and it still runs", super::chain(&e))))
             }
-            Err(e @ ShimError::Absent { .. }) => Err(Refusal::Absent(super::chain(&e))),
+            Err(e @ ShimError::Ended { .. }) => Err(Refusal::Absent(super::chain(&e))),
             Err(e) => Err(Refusal::Failed(super::chain(&e))),
+        }
+    }
+
+    /// Asks a shim of a container here. A process that has ended is told from one that is only not connected.
+    pub fn ask_shim(
+        &self,
+        container: &str,
+        vpid: rdma_virt::id::Vpid,
+        migration: Option<MigrationId>,
+        request: Request,
+        deadline: Duration,
+    ) -> Result<Reply, ShimError> {
+        match self.shims.get(container, vpid).and_then(|shim| shim.ask(migration, request, deadline)) {
+            Err(ShimError::Absent { who }) if !self.is_there(container, vpid) => Err(ShimError::Ended { who }),
+            // A connection ends a moment before its process does.
+            Err(ShimError::Broken { who, .. }) if self.is_gone_soon(container, vpid) => Err(ShimError::Ended { who }),
+            answer => answer,
         }
     }
 
@@ -207,6 +227,17 @@ impl Agent {
     fn is_there(&self, container: &str, vpid: rdma_virt::id::Vpid) -> bool {
         let Ok(found) = self.host.container(container) else { return false };
         procs::of_cgroup(&found.cgroup).map_or(true, |list| list.iter().any(|p| p.vpid == vpid))
+    }
+
+    fn is_gone_soon(&self, container: &str, vpid: rdma_virt::id::Vpid) -> bool {
+        let until = Instant::now() + MOMENT;
+        while self.is_there(container, vpid) {
+            if Instant::now() >= until {
+                return false;
+            }
+            thread::sleep(MOMENT / 40);
+        }
+        true
     }
 
     fn check_claim(&self, migration: MigrationId, container: &str, request: &Request) -> Result<(), Refusal> {

@@ -26,6 +26,8 @@ const WRITE: Duration = Duration::from_secs(5);
 pub enum ShimError {
     #[error("{who} has no connection to the agent (not started with the shim, or it ended)")]
     Absent { who: String },
+    #[error("{who} has ended")]
+    Ended { who: String },
     #[error("the connection to {who} broke while it was asked to {what}: {why}")]
     Broken { who: String, what: &'static str, why: String },
     #[error("{who} did not answer {what} within {} s", .after.as_secs_f32())]

@@ -76,7 +76,7 @@ pub struct Qp {
 impl Agent {
     /// Asks everybody.
     pub fn status(&self) -> Status {
-        let HostFacts { name, version, criu, devices } = self.describe();
+        let HostFacts { name, version, criu, devices, .. } = self.describe();
         let reports = self.reports();
         Status {
             host: name,

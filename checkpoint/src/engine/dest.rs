@@ -209,6 +209,7 @@ fn consider(
     let problems = super::check::problems(agent, &offer, false);
     if problems.is_empty() && !dry_run {
         let source = SocketAddr::new(from.ip(), offer.from_port).to_string();
+        agent.meet(&source);
         let container = offer.container.clone();
         let arrival = Arc::new(Mutex::new(Arrival::new(source.clone(), offer)));
         lock(&agent.desk.0).insert(id, Entry { container, source, arrival });

@@ -100,6 +100,8 @@ impl Run<'_> {
             match reply {
                 Ok(Reply::State(state)) => states.push(*state),
                 Ok(_) => silent.push(format!("{side} answered report with something else")),
+                // It ended a moment ago, and has nothing any more.
+                Err(Stop::Absent(_)) => {}
                 Err(stop) => silent.push(stop.to_string()),
             }
         }

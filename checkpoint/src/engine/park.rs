@@ -21,7 +21,7 @@ use super::by_hand::{ByHand, Clerk};
 use super::handover::Dump;
 use super::host::{DumpJob, PreDumpJob};
 use super::plan::Plan;
-use super::source::{End, Run, Stop, TRIES};
+use super::source::{Attempts, End, Run, Stop};
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
@@ -111,7 +111,8 @@ fn attempts(
 ) -> Outcome {
     let world = ByHand::new(agent, clerk.clone());
     let asked = MigrateRequest::plain(&request.container, LOCAL);
-    for attempt in 1.. {
+    let mut attempts = Attempts::new(&agent.config);
+    loop {
         let mut run = Run::new(&world, session.id, &asked, cancel, progress);
         run.record.kind = Kind::Checkpoint;
         run.plan = session.plan.clone();
@@ -122,18 +123,12 @@ fn attempts(
             return Outcome::Plain;
         }
         let end = run.end(ended.map(drop));
-        let End::Undone { busy: Some(by), why, .. } = &end else { return Outcome::Ended(end) };
-        if attempt >= TRIES || cancel.why().is_some() {
+        if !attempts.another(&end, session.id, cancel, progress, &agent.under_way) {
             return Outcome::Ended(end);
         }
-        progress.event(Event::Note { text: format!("{why}; trying again") });
         // Undone, so nobody is held any more.
         session.claimed.clear();
-        let pause = Duration::from_millis(if session.id < *by { 200 } else { 2000 });
-        let _wait = agent.under_way.wait(session.id, format!("{by} to be over"), Some(pause));
-        thread::sleep(pause);
     }
-    unreachable!("the loop ends by itself")
 }
 
 impl Run<'_> {

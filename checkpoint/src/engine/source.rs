@@ -10,7 +10,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdma_virt::id::{MigrationId, Vpid};
 use rdma_virt::msg::{Reply, Request};
@@ -26,9 +26,10 @@ use super::shipping::Sent;
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
+use crate::agent::config::Config;
 use crate::agent::metrics::Outcome;
 use crate::agent::shims::ShimError;
-use crate::agent::under_way::{Role, Seen, Stage};
+use crate::agent::under_way::{Role, Seen, Stage, UnderWay};
 use crate::agent::{Agent, chain, lock};
 use crate::image::HandOver;
 use crate::net::client::CallError;
@@ -37,8 +38,8 @@ use crate::phase::Phase;
 use crate::record::{Record, State};
 use crate::timeline::{Summary, Timeline};
 
-/// A migration that meets another one tries again this often.
-pub(super) const TRIES: u32 = 20;
+/// Attempts, when each time another process ended.
+const WITHOUT: u32 = 5;
 
 /// Why the list of phases ended early.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,7 +79,7 @@ impl From<ShimError> for Stop {
     fn from(e: ShimError) -> Self {
         match &e {
             ShimError::Busy { by, .. } => Stop::Busy { by: *by, text: chain(&e) },
-            ShimError::Absent { .. } => Stop::Absent(chain(&e)),
+            ShimError::Ended { .. } => Stop::Absent(chain(&e)),
             _ => Stop::Failed(chain(&e)),
         }
     }
@@ -90,8 +91,17 @@ pub enum End {
     Done(Summary),
     Refused(Vec<String>),
     Possible,
-    Undone { phase: Phase, why: String, left: Vec<String>, busy: Option<MigrationId> },
+    Undone { phase: Phase, why: String, left: Vec<String>, again: Option<Again> },
     Unfinished { phase: Phase, why: String },
+}
+
+/// Why another attempt may succeed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Again {
+    /// Another migration holds somebody, and will be over.
+    Busy(MigrationId),
+    /// A process that took part has ended; the next attempt does without it.
+    Ended,
 }
 
 impl End {
@@ -101,8 +111,8 @@ impl End {
             End::Done(_) => Some(Outcome::Finished),
             End::Refused(_) => Some(Outcome::Refused),
             End::Possible => None,
-            End::Undone { busy: Some(_), .. } => Some(Outcome::Busy),
-            End::Undone { busy: None, .. } => Some(Outcome::Undone),
+            End::Undone { again: Some(Again::Busy(_)), .. } => Some(Outcome::Busy),
+            End::Undone { .. } => Some(Outcome::Undone),
             End::Unfinished { .. } => Some(Outcome::Unfinished),
         }
     }
@@ -232,19 +242,56 @@ fn attempts(
     cancel: &Cancel,
     progress: &dyn Progress,
 ) -> End {
-    for attempt in 1.. {
+    let mut attempts = Attempts::new(world.config());
+    loop {
         let end = Run::new(world, id, request, cancel, progress).run();
-        let End::Undone { busy: Some(by), why, .. } = &end else { return end };
-        if attempt >= TRIES || cancel.why().is_some() {
+        if !attempts.another(&end, id, cancel, progress, world.under_way()) {
             return end;
         }
-        progress.event(Event::Note { text: format!("{why}; trying again") });
-        // The smaller id comes back sooner, so that of two that hinder each other one gets through.
-        let pause = Duration::from_millis(if id < *by { 200 } else { 2000 });
-        let _wait = world.under_way().wait(id, format!("{by} to be over"), Some(pause));
-        thread::sleep(pause);
     }
-    unreachable!("the loop ends by itself")
+}
+
+/// The attempts of one migration.
+#[derive(Debug)]
+pub(super) struct Attempts {
+    began: Instant,
+    made: u32,
+    /// So long it is tried to get past other migrations.
+    patience: Duration,
+}
+
+impl Attempts {
+    pub fn new(config: &Config) -> Self {
+        Attempts { began: Instant::now(), made: 0, patience: Duration::from_secs(config.deadlines.busy) }
+    }
+
+    /// Whether to make another one after `end`. Says so, and waits for as long as it takes others to get out of the way.
+    pub fn another(
+        &mut self,
+        end: &End,
+        id: MigrationId,
+        cancel: &Cancel,
+        progress: &dyn Progress,
+        under_way: &UnderWay,
+    ) -> bool {
+        let End::Undone { again: Some(again), why, .. } = end else { return false };
+        self.made += 1;
+        let worth = match again {
+            Again::Busy(_) => self.began.elapsed() < self.patience,
+            Again::Ended => self.made < WITHOUT,
+        };
+        if !worth || cancel.why().is_some() {
+            return false;
+        }
+        progress.event(Event::Note { text: format!("{why}; trying again") });
+        if let Again::Busy(by) = again {
+            // The smaller id comes back sooner, so that of those that hinder each other one gets through.
+            let pause = Duration::from_millis(if id < *by { 200 } else { 2000 });
+            let _wait = under_way.wait(id, format!("{by} to be over"), Some(pause));
+            thread::sleep(pause);
+        }
+        true
+    }
 }
 
 impl std::fmt::Debug for Run<'_> {
@@ -315,8 +362,9 @@ impl<'a> Run<'a> {
         let left = self.undo(&stop.to_string());
         match stop {
             Stop::Refused(reasons) => End::Refused(reasons),
-            Stop::Busy { by, text } => End::Undone { phase, why: text, left, busy: Some(by) },
-            Stop::Absent(why) | Stop::Failed(why) => End::Undone { phase, why, left, busy: None },
+            Stop::Busy { by, text } => End::Undone { phase, why: text, left, again: Some(Again::Busy(by)) },
+            Stop::Absent(why) => End::Undone { phase, why, left, again: Some(Again::Ended) },
+            Stop::Failed(why) => End::Undone { phase, why, left, again: None },
         }
     }
 
@@ -399,12 +447,6 @@ impl<'a> Run<'a> {
         {
             left.push(format!("CRIU: {e}"));
         }
-        if effects.offered
-            && let Err(e) = self.world.call(&self.to, self.id, Order::Abandon, self.answer_time())
-        {
-            // It will ask, and hear that this migration was aborted.
-            left.push(format!("the destination could not be told and will find out by itself: {}", chain(&e)));
-        }
         if let Some(mut wire) = effects.wire
             && let Err(e) = wire.up()
         {
@@ -433,6 +475,13 @@ impl<'a> Run<'a> {
         };
         for e in self.fan_out(effects.claimed.into_iter().collect(), release).into_iter().filter_map(|(_, e)| e) {
             left.push(format!("a peer could not be told and will find out by itself: {}", chain(&e)));
+        }
+        // After everybody who waits: it may be what fell silent.
+        if effects.offered
+            && let Err(e) = self.world.call(&self.to, self.id, Order::Abandon, self.answer_time())
+        {
+            // It will ask, and hear that this migration was aborted.
+            left.push(format!("the destination could not be told and will find out by itself: {}", chain(&e)));
         }
         if effects.dumped {
             host.gone_to(&self.request.container, None);

@@ -71,8 +71,18 @@ struct Fake {
 impl Fake {
     fn new(fault: Option<(usize, Fault)>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let deadlines =
-            Deadlines { answer: 1, drain: 1, restore: 1, reconnect: 1, forward: 3, orphan: 1, session: 1, parked: 1 };
+        let deadlines = Deadlines {
+            answer: 1,
+            silence: 5,
+            busy: 1,
+            drain: 1,
+            restore: 1,
+            reconnect: 1,
+            forward: 3,
+            orphan: 1,
+            session: 1,
+            parked: 1,
+        };
         let config = Config { state_dir: dir.path().into(), deadlines, ..Config::default() };
         let records = Records::open(dir.path()).unwrap();
         let steps = Arc::new(Mutex::new((0, fault, Vec::new())));

@@ -13,7 +13,7 @@ use crate::agent::metrics::Metrics;
 use crate::agent::procs::{self, Process};
 use crate::agent::shims::ShimError;
 use crate::agent::under_way::UnderWay;
-use crate::agent::{Agent, facts, lock};
+use crate::agent::{Agent, facts};
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, Lease, MovedProcess, Order};
 use crate::record::Records;
@@ -88,10 +88,7 @@ impl World for Agent {
         if addresses.into_iter().any(|a| a.port() == port && facts::is_own_address(a.ip())) {
             return Err(format!("{to} is this very host"));
         }
-        let mut met = lock(&self.met);
-        if !met.contains(&at) {
-            met.push(at.clone());
-        }
+        self.meet(&at);
         Ok(at)
     }
 
@@ -116,7 +113,7 @@ impl World for Agent {
         request: Request,
         deadline: Duration,
     ) -> Result<Reply, ShimError> {
-        self.shims.get(container, vpid)?.ask(migration, request, deadline)
+        self.ask_shim(container, vpid, migration, request, deadline)
     }
 
     fn reconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> Result<(), Vec<Vpid>> {

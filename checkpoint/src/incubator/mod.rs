@@ -21,7 +21,7 @@ pub(crate) mod gid;
 mod mr;
 mod objects;
 mod parent;
-mod proto;
+pub mod proto;
 mod qp;
 mod rights;
 mod serve;

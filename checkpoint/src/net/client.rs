@@ -10,7 +10,7 @@ use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
 use super::frame::{AGENT, FrameError};
-use super::msg::{Answer, Call, Order, Refusal, Return};
+use super::msg::{Answer, Back, Call, Order, Refusal};
 use rdma_virt::id::MigrationId;
 
 /// How long a connection may take to be made, whatever the call's own deadline is.
@@ -103,6 +103,8 @@ impl Conn {
 pub struct Client {
     identity: Result<Arc<ClientConfig>, String>,
     port: u16,
+    /// An agent that is asked something, and of which nothing is heard for so long, is given up.
+    silence: Duration,
     idle: Mutex<HashMap<String, Vec<Conn>>>,
 }
 
@@ -114,8 +116,8 @@ impl std::fmt::Debug for Client {
 
 impl Client {
     /// Without an identity every call fails with its reason. `port` is the one of addresses that name none.
-    pub fn new(identity: Result<Arc<ClientConfig>, String>, port: u16) -> Self {
-        Client { identity, port, idle: Mutex::default() }
+    pub fn new(identity: Result<Arc<ClientConfig>, String>, port: u16, silence: Duration) -> Self {
+        Client { identity, port, silence, idle: Mutex::default() }
     }
 
     /// `host:port` in the one form that is used as a key everywhere.
@@ -124,7 +126,7 @@ impl Client {
         Ok(if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") })
     }
 
-    /// Asks, and waits for the answer until the deadline.
+    /// Asks, and waits for the answer until the deadline, for as long as there are signs of life.
     pub fn call(
         &self,
         at: &str,
@@ -147,7 +149,17 @@ impl Client {
         conn.stream.sock.until = Some(until);
         let call = Call { migration, seq: conn.seq, order };
         AGENT.write(&mut conn.stream, &call).map_err(talk)?;
-        let back: Return = AGENT.read(&mut conn.stream).map_err(talk)?;
+        let back = loop {
+            conn.stream.sock.until = Some(until.min(Instant::now() + self.silence));
+            match AGENT.read(&mut conn.stream) {
+                Ok(Back::Working) => {}
+                Ok(Back::Return(back)) => break back,
+                Err(FrameError::TimedOut) if Instant::now() < until => {
+                    return Err(talk(FrameError::Silent(self.silence)));
+                }
+                Err(e) => return Err(talk(e)),
+            }
+        };
         if back.seq != conn.seq {
             return Err(CallError::Confused { at, order: name });
         }
@@ -266,7 +278,7 @@ mod tests {
 
     #[test]
     fn without_certificates_a_call_says_so() {
-        let client = Client::new(Err("none made".into()), 7477);
+        let client = Client::new(Err("none made".into()), 7477, Duration::from_secs(20));
         let err = client.call("127.0.0.1", None, Order::Describe, Duration::from_secs(1)).unwrap_err();
         assert!(err.to_string().contains("none made"));
     }

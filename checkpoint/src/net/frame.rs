@@ -33,6 +33,11 @@ pub enum FrameError {
     Io(#[source] io::Error),
     #[error("the time for an answer is over")]
     TimedOut,
+    #[error(
+        "nothing was heard of it for {0:?}, not even that it is at work: the host or its agent stands still, or the \
+             link is cut"
+    )]
+    Silent(std::time::Duration),
     #[error("the frame begins with {0:02x?}: this is not our protocol")]
     Magic([u8; 4]),
     #[error(
@@ -65,12 +70,25 @@ impl Wire {
 
     /// The whole frame of a message.
     pub fn encode<T: Serialize>(&self, message: &T) -> Result<Vec<u8>, FrameError> {
+        self.sealed(|out| postcard::to_extend(message, out).map_err(FrameError::Encode))
+    }
+
+    /// The frame of a body that was made elsewhere, and may be no message at all.
+    pub fn frame(&self, body: &[u8]) -> Result<Vec<u8>, FrameError> {
+        self.sealed(|mut out| {
+            out.extend_from_slice(body);
+            Ok(out)
+        })
+    }
+
+    /// A header, then what `write` adds to it.
+    fn sealed(&self, write: impl FnOnce(Vec<u8>) -> Result<Vec<u8>, FrameError>) -> Result<Vec<u8>, FrameError> {
         let mut out = Vec::with_capacity(256);
         out.extend_from_slice(&self.magic);
         out.extend(self.version.into_iter().flat_map(u16::to_le_bytes));
         out.extend_from_slice(&[0; 4]);
         let header = self.header_len();
-        let mut out = postcard::to_extend(message, out).map_err(FrameError::Encode)?;
+        let mut out = write(out)?;
         let len = out.len() - header;
         if len > self.cap {
             return Err(FrameError::TooLong { len, cap: self.cap });

@@ -7,10 +7,12 @@
 //! | [`tls`] | both ends show a certificate of the same CA |
 //! | [`client`] | calling another agent |
 //! | [`server`] | being called |
+//! | [`beat`] | signs of life while a call is worked on |
 //! | [`link`] | a container's own interface: down, up, announced |
 //!
 //! Nothing here knows what a message means: [`crate::agent`] and [`crate::engine`] do.
 
+pub mod beat;
 pub mod client;
 pub mod frame;
 pub mod link;

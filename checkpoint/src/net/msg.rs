@@ -1,7 +1,8 @@
 //! What agents say to each other.
 //!
 //! One connection carries one [`Call`] and its [`Return`] at a time; a caller that wants several things at once opens
-//! several connections. Every call that belongs to a migration names it. There is no call without a reply.
+//! several connections. Every call that belongs to a migration names it. There is no call without a reply, and while one is worked
+//! on, signs of life come.
 //!
 //! Three roles answer: anybody ([`Order::Describe`] …), the host of a *peer* ([`Order::Claim`] … [`Order::Release`]),
 //! and the *destination* ([`Order::Offer`] … [`Order::Abandon`]). One host can be all three in one migration, the
@@ -14,11 +15,12 @@ use rdma_virt::msg::{KeyTable, Reply, Request};
 use rdma_virt::saved::{Build, ProcessState, Remote};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::image::{HandOver, Secret};
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -32,6 +34,17 @@ pub struct Call {
     pub seq: u64,
     pub order: Order,
 }
+
+/// What comes back after a [`Call`]: signs of life for as long as it is worked on, then its return.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Back {
+    /// Sent every [`BEAT`], so that a caller can tell a long answer from a host that died.
+    Working,
+    Return(Return),
+}
+
+/// Between two signs of life.
+pub const BEAT: Duration = Duration::from_secs(2);
 
 /// The reply to a [`Call`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -391,6 +404,8 @@ pub struct HostFacts {
     /// `None`: no usable CRIU, or none found yet.
     pub criu: Option<u32>,
     pub devices: Vec<DeviceFacts>,
+    /// Other agents this one has dealt with, `host:port`: whoever looks for a GID's host can ask on.
+    pub agents: Vec<String>,
 }
 
 /// One RDMA device of a host.

@@ -3,16 +3,17 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
+use super::beat::Beat;
 use super::client::Deadlined;
 use super::frame::{AGENT, FrameError};
-use super::msg::{Call, Return};
+use super::msg::{Back, Call, Return};
 use crate::agent::metrics::Reason;
 
 /// Connections at a time; more are closed at once.
@@ -89,9 +90,23 @@ fn converse(
             return Err(e);
         }
     }
+    let (beat, stream) = (Beat::default(), Mutex::new(stream));
+    thread::scope(|scope| {
+        thread::Builder::new().name("net-beat".into()).spawn_scoped(scope, || beat.run(&stream))?;
+        let end = calls(&stream, &beat, from, handler);
+        beat.end();
+        end
+    })
+}
+
+type Stream = StreamOwned<ServerConnection, Deadlined>;
+
+/// One call after the other.
+fn calls(stream: &Mutex<Stream>, beat: &Beat, from: SocketAddr, handler: &dyn Handler) -> Result<(), FrameError> {
     loop {
-        stream.sock.until = Some(Instant::now() + IDLE);
-        let call: Call = match AGENT.read(&mut stream) {
+        let mut idle = lock(stream);
+        idle.sock.until = Some(Instant::now() + IDLE);
+        let call: Call = match AGENT.read(&mut *idle) {
             Ok(call) => call,
             Err(FrameError::Closed | FrameError::TimedOut) => return Ok(()),
             // A caller that just went away, without TLS' good-bye: its own business.
@@ -102,17 +117,25 @@ fn converse(
                 return Err(e);
             }
         };
+        drop(idle);
+        beat.begin();
         let back = handler.handle(from, call);
+        beat.pause();
+        let mut stream = lock(stream);
         stream.sock.until = Some(Instant::now() + WRITE);
-        AGENT.write(&mut stream, &back)?;
+        AGENT.write(&mut *stream, &Back::Return(back))?;
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::net::client::{CallError, Client};
-    use crate::net::msg::{Answer, Order, Refusal};
+    use crate::net::msg::{Answer, BEAT, Order, Refusal};
     use crate::net::tls::{Identity, TlsFiles};
     use crate::pki;
     use std::io::Write;
@@ -125,6 +148,10 @@ mod tests {
         fn handle(&self, _: SocketAddr, call: Call) -> Return {
             let answer = match call.order {
                 Order::Describe => Ok(Answer::Done),
+                Order::Finish => {
+                    thread::sleep(BEAT * 2);
+                    Ok(Answer::Done)
+                }
                 _ => Err(Refusal::Failed("only describe".into())),
             };
             Return { seq: call.seq, answer }
@@ -175,13 +202,30 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         pki::init(dir.path()).unwrap();
         let (port, echo) = start(&identity(dir.path(), "a"));
-        let client = Client::new(Ok(identity(dir.path(), "b").client), port);
+        let client = Client::new(Ok(identity(dir.path(), "b").client), port, SOON);
         for _ in 0..3 {
             assert_eq!(client.call("127.0.0.1", None, Order::Describe, SOON).unwrap(), Answer::Done);
         }
         let refused = client.call("127.0.0.1", None, Order::Fate, SOON).unwrap_err();
         assert!(matches!(refused, CallError::Refused { .. }), "{refused}");
         assert!(echo.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_long_answer_is_waited_for_and_a_silent_agent_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        pki::init(dir.path()).unwrap();
+        let (port, _echo) = start(&identity(dir.path(), "a"));
+        let tls = identity(dir.path(), "b").client;
+        // It sleeps for two beats: longer than the silence allowed, if none were heard.
+        let patient = Client::new(Ok(tls.clone()), port, BEAT + BEAT / 2);
+        assert_eq!(patient.call("127.0.0.1", None, Order::Finish, SOON).unwrap(), Answer::Done);
+        assert_eq!(patient.call("127.0.0.1", None, Order::Describe, SOON).unwrap(), Answer::Done);
+        let hasty = Client::new(Ok(tls), port, BEAT / 4);
+        let since = Instant::now();
+        let silent = hasty.call("127.0.0.1", None, Order::Finish, SOON).unwrap_err();
+        assert!(matches!(silent, CallError::Talk { source: FrameError::Silent(_), .. }), "{silent}");
+        assert!(since.elapsed() < BEAT, "before the first beat");
     }
 
     #[test]
@@ -219,7 +263,7 @@ mod tests {
         pki::init(ours.path()).unwrap();
         pki::init(theirs.path()).unwrap();
         let (port, echo) = start(&identity(ours.path(), "a"));
-        let client = Client::new(Ok(identity(theirs.path(), "b").client), port);
+        let client = Client::new(Ok(identity(theirs.path(), "b").client), port, SOON);
         let refused = client.call("127.0.0.1", None, Order::Describe, SOON).unwrap_err();
         assert!(refused.to_string().contains("same authority"), "{refused}");
         wait_for(&echo, &[Reason::Tls]);
@@ -234,7 +278,7 @@ mod tests {
         // Trusts the server, but was issued by somebody else.
         issue(theirs.path(), "b");
         std::fs::copy(ours.path().join("ca.pem"), theirs.path().join("ca.pem")).unwrap();
-        let client = Client::new(Ok(load(theirs.path(), "b").client), port);
+        let client = Client::new(Ok(load(theirs.path(), "b").client), port, SOON);
         let refused = client.call("127.0.0.1", None, Order::Describe, SOON).unwrap_err();
         assert!(refused.to_string().contains("same authority"), "{refused}");
         wait_for(&echo, &[Reason::Tls]);

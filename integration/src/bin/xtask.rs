@@ -11,7 +11,7 @@ use integration::lab::paths::Paths;
 use integration::lab::topology::NodeSpec;
 use integration::lab::wire::Exec;
 use integration::lab::{Lab, deploy, guest};
-use integration::{bench, demo, scenario, scenarios, setup, verdict};
+use integration::{bench, demo, fuzz, scenario, scenarios, setup, soak, verdict};
 
 #[derive(Parser)]
 #[command(name = "xtask", bin_name = "cargo xtask", about = "Project tasks")]
@@ -45,6 +45,10 @@ enum Task {
     /// Measure in the lab
     #[command(subcommand)]
     Bench(BenchTask),
+    /// Move containers at random among the nodes while things go wrong, under the checker
+    Soak(soak::Options),
+    /// Feed everything that comes from outside with mutated bytes
+    Fuzz(fuzz::Options),
     /// Install what building and the lab need
     Setup,
     /// Serve a node's control channel (runs inside the node)
@@ -170,6 +174,8 @@ fn run(task: Task) -> Result<ExitCode> {
             return Ok(if tally.failed() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Task::Bench(BenchTask::Blackout(options)) => bench::run(&options)?,
+        Task::Fuzz(options) => fuzz::run(&options)?,
+        Task::Soak(options) => soak::run(&options)?,
         Task::Setup => setup::ensure()?,
         Task::Guest => guest::serve()?,
         Task::Lab(task) => return lab(task),

@@ -5,10 +5,11 @@
 //! The kill follows the phase's begin by the time a command takes on a node, so a short phase may be over by then; what
 //! is checked holds wherever it falls.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
+use super::settled::{ORDER, settled};
 use super::stage::{Pair, Stage, tail};
 use crate::lab::deploy::AGENT;
 use crate::scenario::{Context, Scenario};
@@ -56,9 +57,6 @@ const ALL: &[&str] = &[
     "finish",
 ];
 
-/// From a fault until everything is in order again.
-const ORDER: Duration = Duration::from_secs(150);
-
 /// Whose agent.
 #[derive(Clone, Copy)]
 enum Victim {
@@ -77,7 +75,7 @@ fn killed(ctx: &mut Context, victim: Victim, phases: &[&str]) -> Result<()> {
             Victim::Destination => to,
             Victim::Peer => "peer",
         };
-        let moved = one(&mut stage, &pair, (at, to), phase, node).with_context(|| format!("killed in {phase}"))?;
+        let moved = one(&mut stage, &pair, to, phase, node).with_context(|| format!("killed in {phase}"))?;
         stage.ctx.note(format!("{at} → {to}, killed on {node} in {phase}: runs on {}", if moved { to } else { at }));
         if moved {
             (at, to) = (to, at);
@@ -90,14 +88,14 @@ fn killed(ctx: &mut Context, victim: Victim, phases: &[&str]) -> Result<()> {
 }
 
 /// One migration during which the agent of `node` is killed; whether the container is at `to` now.
-fn one(stage: &mut Stage, pair: &Pair, (at, to): (&str, &str), phase: &str, node: &str) -> Result<bool> {
+fn one(stage: &mut Stage, pair: &Pair, to: &str, phase: &str, node: &str) -> Result<bool> {
     let running = stage.begin_migration(&pair.client, to, &[])?;
     running.wait_for(&format!("\"enter\",\"phase\":\"{phase}\""), Duration::from_secs(120))?;
     let again = format!("systemctl kill --kill-whom=main --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}");
     stage.ctx.node(node)?.sh(&again)?;
     let out = running.wait(ORDER)?;
     ensure!(!out.done.timed_out, "the migration did not end by itself:\n{}", tail(&out.text()));
-    let place = settled(stage, &pair.client, (at, to)).with_context(|| tail(&(out.text() + &out.errors())))?;
+    let place = settled(stage, &pair.client).with_context(|| tail(&(out.text() + &out.errors())))?;
     if out.success() {
         ensure!(place == to, "the migration succeeded, and the container runs on {place}");
     }
@@ -108,44 +106,4 @@ fn one(stage: &mut Stage, pair: &Pair, (at, to): (&str, &str), phase: &str, node
     stage.flow(&pair.client, 300).context("the moved end")?;
     stage.flow(&pair.server, 300).context("its peer")?;
     Ok(place == to)
-}
-
-/// Where the container is once only one host knows it and no host takes part in a migration any more.
-fn settled<'n>(stage: &Stage, name: &str, (at, to): (&'n str, &'n str)) -> Result<&'n str> {
-    let until = Instant::now() + ORDER;
-    loop {
-        let here = stage.ctx.node(at)?.exec(&["migrrdma", "state", name])?.success();
-        let there = stage.ctx.node(to)?.exec(&["migrrdma", "state", name])?.success();
-        let mut busy = Vec::new();
-        for node in ["src", "dst", "peer"] {
-            let out = stage.ctx.node(node)?.exec(&["migrrdma", "status", "--json"])?;
-            if !out.success() || takes_part(&out.text()) {
-                busy.push(format!("{node}: {}{}", out.text(), out.errors()));
-            }
-        }
-        match (here, there) {
-            (true, false) if busy.is_empty() => return Ok(at),
-            (false, true) if busy.is_empty() => return Ok(to),
-            _ if Instant::now() < until => std::thread::sleep(Duration::from_millis(500)),
-            _ => bail!("not settled after {ORDER:?}: known on {at}: {here}, on {to}: {there}; {}", busy.join("\n")),
-        }
-    }
-}
-
-/// Whether an agent's status names a migration that is not over.
-fn takes_part(status: &str) -> bool {
-    let Ok(status) = serde_json::from_str::<serde_json::Value>(status) else { return true };
-    status["migrations"].as_array().is_none_or(|list| !list.iter().all(|m| m["over"] == true))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::takes_part;
-
-    #[test]
-    fn a_host_takes_part_until_all_it_names_is_over() {
-        assert!(!takes_part(r#"{"migrations": []}"#) && !takes_part(r#"{"migrations": [{"over": true}]}"#));
-        assert!(takes_part(r#"{"migrations": [{"over": true}, {"over": false}]}"#));
-        assert!(takes_part("{}") && takes_part(""));
-    }
 }

@@ -6,6 +6,7 @@
 //! is the proof.
 
 mod checkers;
+mod concurrency;
 mod copies;
 mod disk;
 mod failures;
@@ -16,6 +17,7 @@ mod places;
 mod precopy;
 mod processes;
 mod rebuild;
+pub mod settled;
 pub mod stage;
 mod surroundings;
 
@@ -32,6 +34,7 @@ pub const GROUPS: &[&[Scenario]] = &[
     rebuild::CLAIMS,
     failures::CLAIMS,
     faults::CLAIMS,
+    concurrency::CLAIMS,
     surroundings::CLAIMS,
     copies::CLAIMS,
     disk::CLAIMS,

@@ -42,8 +42,9 @@ pub const CLAIMS: &[Scenario] = &[
     claim!("clocks that jump on all hosts during a move disturb nothing", clocks),
 ];
 
-/// Leaves no byte on the disk of the images. What is asked for is reserved, not written.
-const FILL: &str = "fallocate -l $(( ($(df --output=avail -B1 /var/lib | tail -1) / 4096 - 16) * 4096 )) /var/lib/full; \
+/// Leaves no byte on the disk of the images, and none of what is kept back for root. Nearly all of it is reserved, not
+/// written: that would take longer than a migration.
+const FILL: &str = "fallocate -l $(( ($(stat -f -c %f /var/lib) - 256) * $(stat -f -c %S /var/lib) )) /var/lib/full; \
                     dd if=/dev/zero of=/var/lib/full bs=4096 oflag=append conv=notrunc 2>/dev/null; true";
 const EMPTY: &str = "rm -f /var/lib/full";
 

@@ -1,0 +1,53 @@
+//! Where a container is once everything has come to rest: what is asked after something was broken on purpose.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use super::stage::Stage;
+
+/// From a fault until everything is in order again.
+pub const ORDER: Duration = Duration::from_secs(150);
+
+const NODES: [&str; 3] = ["src", "dst", "peer"];
+
+/// The one node that knows the container, once no host takes part in a migration any more.
+pub fn settled(stage: &Stage<'_>, name: &str) -> Result<&'static str> {
+    let until = Instant::now() + ORDER;
+    loop {
+        let mut known = Vec::new();
+        let mut busy = Vec::new();
+        for node in NODES {
+            if stage.ctx.node(node)?.exec(&["migrrdma", "state", name])?.success() {
+                known.push(node);
+            }
+            let out = stage.ctx.node(node)?.exec(&["migrrdma", "status", "--json"])?;
+            if !out.success() || takes_part(&out.text()) {
+                busy.push(format!("{node}: {}{}", out.text(), out.errors()));
+            }
+        }
+        match known.as_slice() {
+            [at] if busy.is_empty() => return Ok(at),
+            _ if Instant::now() < until => std::thread::sleep(Duration::from_millis(500)),
+            _ => bail!("not settled after {ORDER:?}: {name} is known on {known:?}; {}", busy.join("\n")),
+        }
+    }
+}
+
+/// Whether an agent's status names a migration that is not over.
+fn takes_part(status: &str) -> bool {
+    let Ok(status) = serde_json::from_str::<serde_json::Value>(status) else { return true };
+    status["migrations"].as_array().is_none_or(|list| !list.iter().all(|m| m["over"] == true))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::takes_part;
+
+    #[test]
+    fn a_host_takes_part_until_all_it_names_is_over() {
+        assert!(!takes_part(r#"{"migrations": []}"#) && !takes_part(r#"{"migrations": [{"over": true}]}"#));
+        assert!(takes_part(r#"{"migrations": [{"over": true}, {"over": false}]}"#));
+        assert!(takes_part("{}") && takes_part(""));
+    }
+}
