@@ -1,10 +1,10 @@
-//! Which containers other hosts' migrations hold here, written down so that an agent that is started goes on from it:
+//! Which containers take part here in migrations as peers or as arrivals, written down so that an agent that is started goes on from it:
 //! a peer's held sends must go out, or its QPs change over, whatever becomes of its agent meanwhile. And telling shims
 //! that nothing comes of it, those that connect late included. What else a shim is to do its source says, or is asked
 //! (see [`super::peer`]).
 //!
-//! The file lies in the agent's run directory and ends with the host's uptime, as the shims do. Holds of this host's
-//! own migrations are not in it: those have records.
+//! The file lies in the agent's run directory and ends with the host's uptime, as the shims do. A container that moves
+//! away from here is not in it: its migration has a record.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -25,13 +25,16 @@ const FILE: &str = "claims.json";
 /// How long shims that were not connected when their container was let go are told so once they are.
 const LATECOMERS: Duration = Duration::from_secs(120);
 
-/// A container whose migration was undone a short while ago.
+/// Who was told that a migration was undone a short while ago.
 #[derive(Debug)]
 pub(super) struct LetGo {
-    migration: MigrationId,
     since: Instant,
     told: BTreeSet<Vpid>,
 }
+
+/// By container and migration: an attempt that found the container's shims still in the hands of the one before, and was
+/// undone for it, must not take that one's place.
+pub(super) type AllLetGo = HashMap<(String, MigrationId), LetGo>;
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -52,6 +55,18 @@ fn write(dir: &Path, held: &[Held]) -> std::io::Result<()> {
     replace_json_unflushed(&path, &held)
 }
 
+/// What the next agent has to know. Peers of this host's own migrations belong to it: they are to be told as others are.
+fn worth_noting(claims: &HashMap<String, Claim>) -> Vec<Held> {
+    let leaves = |c: &Claim| c.source == LOCAL && c.why == Why::Moves;
+    let held = claims.iter().filter(|(_, c)| !leaves(c) && c.parked.is_none());
+    let one = |(container, c): (&String, &Claim)| Held {
+        container: container.clone(),
+        migration: c.migration.to_string(),
+        source: c.source.clone(),
+    };
+    held.map(one).collect()
+}
+
 fn read(dir: &Path) -> Vec<Held> {
     match read_json(&dir.join(FILE)) {
         Ok(list) => list.unwrap_or_default(),
@@ -66,17 +81,15 @@ impl Agent {
     /// Tells every shim of a container that its migration is undone. After a restart of this agent some may still be on
     /// their way back to it; those are told when they have come.
     pub(crate) fn let_go_on(&self, migration: MigrationId, container: &str) {
-        let let_go = LetGo { migration, since: Instant::now(), told: BTreeSet::new() };
-        lock(&self.let_go).insert(container.to_owned(), let_go);
-        self.tell_undone(container);
+        let let_go = LetGo { since: Instant::now(), told: BTreeSet::new() };
+        let key = (container.to_owned(), migration);
+        lock(&self.let_go).insert(key.clone(), let_go);
+        self.tell_undone(&key);
     }
 
-    fn tell_undone(&self, container: &str) {
-        let Some((migration, told)) =
-            lock(&self.let_go).get(container).map(|let_go| (let_go.migration, let_go.told.clone()))
-        else {
-            return;
-        };
+    fn tell_undone(&self, key: &(String, MigrationId)) {
+        let (container, migration) = (&key.0, key.1);
+        let Some(told) = lock(&self.let_go).get(key).map(|let_go| let_go.told.clone()) else { return };
         for shim in self.shims.of(container).into_iter().filter(|shim| !told.contains(&shim.vpid)) {
             match shim.ask(Some(migration), Request::Abort, self.answer_time()) {
                 Ok(Reply::Done) => {}
@@ -86,7 +99,7 @@ impl Agent {
                     continue;
                 }
             }
-            if let Some(let_go) = lock(&self.let_go).get_mut(container).filter(|l| l.migration == migration) {
+            if let Some(let_go) = lock(&self.let_go).get_mut(key) {
                 let_go.told.insert(shim.vpid);
             }
         }
@@ -95,22 +108,14 @@ impl Agent {
     /// Tells those that have come meanwhile. Called every now and then.
     pub(super) fn look_after_latecomers(&self) {
         lock(&self.let_go).retain(|_, let_go| let_go.since.elapsed() < LATECOMERS);
-        let containers: Vec<String> = lock(&self.let_go).keys().cloned().collect();
-        containers.iter().for_each(|container| self.tell_undone(container));
+        let keys: Vec<_> = lock(&self.let_go).keys().cloned().collect();
+        keys.iter().for_each(|key| self.tell_undone(key));
     }
 
     /// To be called with the claims as they have just become. What cannot be written is only missed by an agent that
     /// is restarted right then.
     pub(super) fn note_claims(&self, claims: &HashMap<String, Claim>) {
-        let others = claims.iter().filter(|(_, c)| c.source != LOCAL && c.parked.is_none());
-        let held: Vec<Held> = others
-            .map(|(container, c)| Held {
-                container: container.clone(),
-                migration: c.migration.to_string(),
-                source: c.source.clone(),
-            })
-            .collect();
-        if let Err(e) = write(&self.config.run_dir, &held) {
+        if let Err(e) = write(&self.config.run_dir, &worth_noting(claims)) {
             eprintln!("{}: {e}", self.config.run_dir.join(FILE).display());
         }
     }
@@ -137,6 +142,20 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn peers_of_own_migrations_are_noted_and_who_leaves_is_not() {
+        let claim = |source: &str, why| Claim::new(MigrationId([1; 16]), source.into(), why);
+        let claims = HashMap::from([
+            ("leaves".to_owned(), claim(LOCAL, Why::Moves)),
+            ("its peer".to_owned(), claim(LOCAL, Why::Peer)),
+            ("arrives".to_owned(), claim("10.0.0.1:1", Why::Moves)),
+            ("another's peer".to_owned(), claim("10.0.0.1:1", Why::Peer)),
+        ]);
+        let mut noted: Vec<String> = worth_noting(&claims).into_iter().map(|h| h.container).collect();
+        noted.sort();
+        assert_eq!(noted, ["another's peer", "arrives", "its peer"]);
+    }
 
     #[test]
     fn what_was_held_is_read_again_and_a_damaged_file_holds_nothing() {

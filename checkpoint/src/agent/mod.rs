@@ -130,7 +130,7 @@ pub struct Agent {
     pub sessions: sessions::Sessions,
     claims: Mutex<HashMap<String, peer::Claim>>,
     /// Containers whose migration was undone just now.
-    let_go: Mutex<HashMap<String, claims::LetGo>>,
+    let_go: Mutex<claims::AllLetGo>,
     /// Images whose peers here wait no longer.
     spent: Mutex<HashSet<MigrationId>>,
     cgroups: Mutex<HashMap<String, PathBuf>>,

@@ -28,6 +28,7 @@ pub const CLAIMS: &[Scenario] = &[
         600,
         |c| killed(c, Victim::Destination, &["commit", "switch", "resume"])
     ),
+    claim!("the source's agent killed while a peer is on its host: that peer goes on too", true, 900, beside_its_peer),
     claim!("the source's agent killed in any phase: one copy runs and nothing is lost", true, 1800, |c| {
         killed(c, Victim::Source, ALL)
     }),
@@ -83,6 +84,22 @@ fn killed(ctx: &mut Context, victim: Victim, phases: &[&str]) -> Result<()> {
     }
     stage.migrate(&pair.client, to).context("a migration that nobody disturbs")?;
     stage.flow(&pair.client, 200)?;
+    pair.judge(&mut stage)?;
+    stage.finish()
+}
+
+/// The peer's second QPs, and its held sends, are in the hands of the very agent that is killed.
+fn beside_its_peer(ctx: &mut Context) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["src"], &["--qps", "2"])?;
+    for phase in ["pre-setup", "suspend", "dump", "commit", "switch", "resume"] {
+        let moved = one(&mut stage, &pair, "dst", phase, "src").with_context(|| format!("killed in {phase}"))?;
+        stage.ctx.note(format!("killed in {phase}: runs on {}", if moved { "dst" } else { "src" }));
+        if moved {
+            stage.migrate(&pair.client, "src").context("back")?;
+            stage.flow(&pair.client, 200)?;
+        }
+    }
     pair.judge(&mut stage)?;
     stage.finish()
 }
