@@ -1,5 +1,5 @@
 //! `cargo xtask test`: unit tests, release build, lab, scenarios, in this
-//! order, and one closing line for all of them.
+//! order, with `--all` fuzzing after them, and one closing line for all.
 //!
 //! It decides what is run and adds up; how scenarios are run is the business
 //! of [`crate::scenario`].
@@ -21,7 +21,7 @@ use crate::{fuzz, setup};
 const TEST_INSTANCE: &str = "test";
 
 /// Seconds for each fuzz target in `--all`.
-const FUZZ: u64 = 60;
+const FUZZ: u64 = 30;
 
 /// What to run.
 #[derive(Debug, Clone, Default)]
@@ -51,10 +51,6 @@ pub fn run(options: &Options) -> Result<bool> {
     heading("release build");
     deploy::build(&paths)?;
     heading("scenarios in the lab");
-    if options.all && options.filters.is_empty() {
-        heading("fuzzing");
-        fuzz::run(&fuzz::Options { seconds: FUZZ, list: false, targets: Vec::new() })?;
-    }
     let lab = LabName::choose();
     let in_lab = in_the_lab(&paths, options, &lab);
     if !options.keep {
@@ -63,6 +59,15 @@ pub fn run(options: &Options) -> Result<bool> {
     let (tally, shim) = in_lab?;
     units.passed += shim.passed;
     units.failed += shim.failed;
+    let mut fuzzed = true;
+    if options.all && options.filters.is_empty() {
+        heading("fuzzing");
+        if let Err(e) = fuzz::run(&fuzz::Options { seconds: FUZZ, list: false, targets: Vec::new() }) {
+            println!("fuzzing FAILED: {e:#}");
+            fuzzed = false;
+            units.failed += 1;
+        }
+    }
     let minutes = start.elapsed().as_secs_f64() / 60.0;
     println!(
         "\nunit tests: {} passed, {} failed; scenarios: {} passed, {} failed; {minutes:.1} min in all",
@@ -72,7 +77,7 @@ pub fn run(options: &Options) -> Result<bool> {
         tally.failed()
     );
     println!("{} passed, {} failed", units.passed + tally.passed(), units.failed + tally.failed());
-    Ok(tally.failed() == 0 && shim.ok)
+    Ok(tally.failed() == 0 && shim.ok && fuzzed)
 }
 
 /// Which lab instance to use.
