@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A container keeps the shim it was started with, so agents go on speaking what released
 /// shims speak; before the first release there is nothing to go on with.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The oldest one an agent understands.
-pub const OLDEST: u32 = 2;
+pub const OLDEST: u32 = 3;
 
 /// Start of every frame.
 pub const MAGIC: [u8; 4] = *b"mrd1";
@@ -98,11 +98,12 @@ pub enum Request {
     /// Of a peer, after commit: use the second QPs, re-post receives there, destroy the first ones. Sends stay held.
     /// → [`Reply::Done`]
     Switch { links: Vec<SwitchLink>, tables: Vec<KeyTable> },
-    /// Of both: everything is in place at every end; held sends go out and sending is free again. → [`Reply::Done`]
+    /// Of both: everything is in place at every end; held sends go out and sending is free again.
+    /// → [`Reply::GoesOn`]
     Resume,
     /// Of both, before commit: forget the migration; destroy second QPs, re-post what was remembered on the first
     /// ones, let held sends go out. Also undoes [`Request::Freeze`]. Without a migration under way: no effect.
-    /// → [`Reply::Done`]
+    /// → [`Reply::GoesOn`]
     Abort,
     /// Of the moving process, on the destination, where nobody made kernel objects for it: make every object again
     /// through the library, behind the same numbers of files, and do what [`Request::Adopt`] does after that; connect
@@ -189,6 +190,10 @@ pub enum Reply {
     Rebuilt {
         qps: Vec<RebuiltQp>,
         keys: KeyTable,
+    },
+    /// So many sends had been held, and go out now.
+    GoesOn {
+        held: u64,
     },
 }
 

@@ -18,8 +18,8 @@ use crate::dump::{self, DumpOptions};
 use crate::gate::Gate;
 use crate::inject;
 use crate::migration_host;
-use crate::monitor::{self, Starter};
 use crate::restore::{self, Restored};
+use crate::starter::{self, Starter};
 use crate::store::ContainerHandle;
 
 /// For the monitor's word on anything but the restore itself.
@@ -156,7 +156,7 @@ pub enum How {
     /// This program.
     Here(Box<restore::RestoreOptions>),
     /// A monitor, which keeps stdio and exit status.
-    Monitor(Box<monitor::RestoreOrder>),
+    Monitor(Box<starter::RestoreOrder>),
 }
 
 impl How {
@@ -189,7 +189,7 @@ impl How {
             (How::Monitor(mut order), client) => {
                 order.hold = client.is_some();
                 let deadline = Duration::from_secs(order.deadline_s.unwrap_or(600));
-                let starter = Starter::start(&monitor::Order::Restore(*order))?;
+                let starter = Starter::start(&starter::Order::Restore(*order))?;
                 match client {
                     None => starter.running(deadline).map(|pid| Restored { pid, console: None }),
                     Some(client) => held(starter, deadline, client),
@@ -200,7 +200,7 @@ impl How {
 }
 
 fn held(mut starter: Starter, deadline: Duration, client: &mut Client) -> Result<Restored> {
-    use monitor::{Answer, Event};
+    use starter::{Answer, Event};
     loop {
         match starter.next(deadline)? {
             Event::SetupNamespaces { .. } => starter.answer(&Answer::Go)?,

@@ -20,8 +20,8 @@ use libcontainer::oci_spec::runtime::{LinuxNamespaceType, PosixRlimitType, Spec}
 use crate::dump::{self, DumpOptions};
 use crate::gate::{Gate, OpenGate};
 use crate::inject::{self, HostPaths};
-use crate::monitor::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::record::Record;
+use crate::starter::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::store::{self, ContainerHandle};
 use crate::{cgroup, criu_version, destroy, keeper, localise, memory};
 

@@ -4,225 +4,36 @@
 //! It is started with one end of a stream socket pair as stdin. The starter
 //! writes one JSON line, an [`Order`]; the monitor answers with JSON lines,
 //! [`Event`]s. Two of them are questions ([`Event::SetupNamespaces`],
-//! [`Event::PostRestore`]) and wait for a [`Answer`] line: this is how an
-//! agent in another process holds a restore before its commit. A socket that
-//! closes while a question is open means *no*, unless the order names a
-//! [`RestoreOrder::door`]: then the monitor puts its last question again to
-//! whoever knocks there. After [`Event::Running`] it needs its starter no
-//! more: the agent may come and go.
+//! [`Event::PostRestore`]): this is how an agent in another process holds a
+//! restore before its commit ([`crate::door`]). After [`Event::Running`] it
+//! needs its starter no more: the agent may come and go.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::BufReader;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use serde::{Deserialize, Serialize};
 
+use crate::door::SocketGate;
 use crate::foreground;
-use crate::gate::Gate;
 use crate::launch::{self, Console, CreateOptions};
 use crate::record::{LogWriter, Record, Stream};
 use crate::restore::{self, FileMaker, RestoreOptions};
+use crate::starter::{Event, Order, RestoreOrder, RunOrder, read_line, send};
 
-/// A longer line is not one of ours.
-const LINE_CAP: u64 = 1 << 20;
-/// For the question of a monitor at whose door somebody knocked.
-const DOOR: Duration = Duration::from_secs(10);
 /// How long output may still arrive after init ended, from processes that
 /// hold the pipes although they should be gone.
 const DRAIN: Duration = Duration::from_secs(2);
-
-/// What the monitor shall do.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Order {
-    /// Create and start a container.
-    Run(RunOrder),
-    /// Restore one.
-    Restore(RestoreOrder),
-}
-
-/// See [`Order::Run`].
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct RunOrder {
-    pub root: PathBuf,
-    pub id: String,
-    pub bundle: PathBuf,
-    pub systemd_cgroup: bool,
-    pub no_pivot: bool,
-    pub pid_file: Option<PathBuf>,
-}
-
-/// See [`Order::Restore`].
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct RestoreOrder {
-    pub root: PathBuf,
-    pub id: String,
-    pub bundle: PathBuf,
-    pub image_path: PathBuf,
-    pub work_path: Option<PathBuf>,
-    #[serde(default)]
-    pub systemd_cgroup: bool,
-    #[serde(default)]
-    pub tcp_established: bool,
-    #[serde(default)]
-    pub file_locks: bool,
-    #[serde(default)]
-    pub ext_unix_sk: bool,
-    /// CRIU's network lock is left out: the caller's link is down.
-    #[serde(default)]
-    pub skip_network_lock: bool,
-    /// Leave createRuntime hooks out; the caller connects the network at its commit.
-    #[serde(default)]
-    pub skip_create_hooks: bool,
-    /// A program other than the installed criu.
-    #[serde(default)]
-    pub criu: Option<PathBuf>,
-    #[serde(default)]
-    pub plugin_dir: Option<PathBuf>,
-    /// Environment of criu, for its plugins.
-    #[serde(default)]
-    pub plugin_env: BTreeMap<String, String>,
-    /// Ask before going on; without it nothing is held.
-    #[serde(default)]
-    pub hold: bool,
-    /// Where the monitor listens while it waits for the word on its last
-    /// question. Its directory's rights guard it; when the path is gone, so
-    /// is whoever could answer, and the answer is no.
-    #[serde(default)]
-    pub door: Option<PathBuf>,
-    /// Seconds CRIU may be silent; 600 when absent.
-    #[serde(default)]
-    pub deadline_s: Option<u64>,
-    #[serde(default)]
-    pub pid_file: Option<PathBuf>,
-}
-
-/// What the monitor reports.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "event", rename_all = "kebab-case")]
-pub enum Event {
-    /// A question: namespaces exist, mounts do not.
-    SetupNamespaces { pid: i32 },
-    /// The last question: all is restored, nothing runs yet.
-    PostRestore { pid: i32 },
-    /// The container runs; the monitor is on its own now.
-    Running { pid: i32 },
-    /// It does not, and nothing of it is left; the monitor is gone.
-    Failed { error: String },
-}
-
-/// The starter's word on a question.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "answer", rename_all = "kebab-case")]
-pub enum Answer {
-    Go,
-    Refuse { why: String },
-}
-
-/// The starter's side: a monitor that was started and may still ask.
-#[derive(Debug)]
-pub struct Starter {
-    stream: BufReader<UnixStream>,
-}
-
-impl Starter {
-    /// Starts a monitor in its own session and gives it its order.
-    pub fn start(order: &Order) -> Result<Self> {
-        let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
-        let stdin: OwnedFd = theirs.into();
-        let mut child = Command::new("/proc/self/exe")
-            .arg("monitor")
-            .stdin(Stdio::from(stdin))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .current_dir("/")
-            .spawn()
-            .context("cannot start the monitor")?;
-        // The child forks away at once, so that nobody has to reap the monitor.
-        let status = child.wait().context("waiting for the monitor's start")?;
-        if !status.success() {
-            bail!("the monitor did not start: {status}");
-        }
-        let mut starter = Starter { stream: BufReader::new(ours) };
-        starter.send(order)?;
-        Ok(starter)
-    }
-
-    /// The monitor that waits at this door; `None` if none does.
-    pub fn at(door: &Path) -> Result<Option<(Self, i32)>> {
-        let stream = match UnixStream::connect(door) {
-            Ok(stream) => stream,
-            Err(err) if matches!(err.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
-            Err(err) => return Err(err).with_context(|| format!("cannot knock at {}", door.display())),
-        };
-        let mut starter = Starter { stream: BufReader::new(stream) };
-        match starter.next(DOOR)? {
-            Event::PostRestore { pid } => Ok(Some((starter, pid))),
-            other => bail!("the monitor at {} says {other:?}", door.display()),
-        }
-    }
-
-    /// The next event, or an error after `deadline`.
-    pub fn next(&mut self, deadline: Duration) -> Result<Event> {
-        self.stream.get_ref().set_read_timeout(Some(deadline))?;
-        match read_line(&mut self.stream) {
-            Ok(Some(line)) => serde_json::from_str(&line).with_context(|| format!("the monitor said {line:?}")),
-            Ok(None) => bail!("the monitor ended without a word"),
-            Err(err) => Err(err).with_context(|| format!("the monitor said nothing for {} s", deadline.as_secs())),
-        }
-    }
-
-    /// Answers a question.
-    pub fn answer(&mut self, answer: &Answer) -> Result<()> {
-        self.send(answer)
-    }
-
-    /// Waits until the container runs, for orders that hold nothing.
-    pub fn running(mut self, deadline: Duration) -> Result<i32> {
-        match self.next(deadline)? {
-            Event::Running { pid } => Ok(pid),
-            Event::Failed { error } => bail!("{error}"),
-            question => bail!("unexpected question of the monitor: {question:?}"),
-        }
-    }
-
-    fn send<T: Serialize>(&mut self, message: &T) -> Result<()> {
-        send(self.stream.get_mut(), message)
-    }
-}
-
-fn send<T: Serialize>(stream: &mut UnixStream, message: &T) -> Result<()> {
-    let mut line = serde_json::to_string(message)?;
-    line.push('\n');
-    stream.write_all(line.as_bytes()).context("cannot write to the monitor's socket")
-}
-
-fn read_line(stream: &mut BufReader<UnixStream>) -> Result<Option<String>> {
-    use std::io::Read;
-    let mut line = Vec::new();
-    stream.by_ref().take(LINE_CAP).read_until(b'\n', &mut line)?;
-    if line.is_empty() {
-        return Ok(None);
-    }
-    if line.last() != Some(&b'\n') {
-        bail!("a message was cut short or is longer than {LINE_CAP} bytes");
-    }
-    Ok(Some(String::from_utf8(line)?))
-}
 
 /// The hidden verb: forks away, takes its order from stdin and stays until
 /// the container has ended.
@@ -420,90 +231,6 @@ fn restore_held(
     Ok(restore::restore(options, &mut gate)?.pid)
 }
 
-/// Puts CRIU's gates to the starter.
-struct SocketGate<'a> {
-    stream: &'a mut BufReader<UnixStream>,
-    hold: bool,
-    door: Option<&'a Path>,
-    record: &'a Record,
-}
-
-/// Where the next agent knocks.
-struct Door {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Door {
-    fn open(path: &Path) -> Result<Self> {
-        let listener = UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
-        Ok(Door { listener, path: path.to_owned() })
-    }
-
-    /// Waits as long as somebody may come: only the source knows the decision, however long it is silent.
-    fn next(&self) -> Result<BufReader<UnixStream>> {
-        while self.path.exists() {
-            let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, PollTimeout::from(1000u16)) {
-                Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => return Ok(BufReader::new(self.listener.accept()?.0)),
-                Err(err) => return Err(err).context("waiting at the door"),
-            }
-        }
-        bail!("nobody knows of this restore any more")
-    }
-}
-
-impl Drop for Door {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-impl SocketGate<'_> {
-    fn ask(&mut self, question: &Event, door: Option<&Door>) -> Result<()> {
-        if !self.hold {
-            return Ok(());
-        }
-        loop {
-            // The starter has the deadline: whoever holds a commit decides when
-            // it is over, and its death closes the socket.
-            match (self.word(question), door) {
-                (Ok(Some(Answer::Go)), _) => return Ok(()),
-                (Ok(Some(Answer::Refuse { why })), _) => bail!("{why}"),
-                (Ok(None) | Err(_), Some(door)) => *self.stream = door.next()?,
-                (Ok(None), None) => bail!("the starter went away before its word on {question:?}"),
-                (Err(err), None) => return Err(err),
-            }
-        }
-    }
-
-    /// `None`: nobody is there any more.
-    fn word(&mut self, question: &Event) -> Result<Option<Answer>> {
-        send(self.stream.get_mut(), question)?;
-        let Some(line) = read_line(self.stream)? else { return Ok(None) };
-        Ok(Some(serde_json::from_str(&line).context("malformed answer")?))
-    }
-}
-
-impl Gate for SocketGate<'_> {
-    fn post_dump(&mut self) -> Result<()> {
-        bail!("a monitor never dumps")
-    }
-
-    fn setup_namespaces(&mut self, pid: i32) -> Result<()> {
-        self.ask(&Event::SetupNamespaces { pid }, None)
-    }
-
-    fn post_restore(&mut self, pid: i32) -> Result<()> {
-        // Whatever can fail comes before the last gate.
-        self.record.begin()?;
-        // Closed again before the tasks run.
-        let door = self.door.map(Door::open).transpose()?;
-        self.ask(&Event::PostRestore { pid }, door.as_ref())
-    }
-}
-
 /// Until the container's init ends: output to the log, zombies to their rest.
 fn watch(pid: i32, outputs: [OwnedFd; 2], mut spools: Vec<Spool>, record: &Record) -> Result<()> {
     let signals = foreground::block_signals()?;
@@ -579,85 +306,5 @@ fn reap(pid: i32) -> Result<Option<i32>> {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(err) => return Err(err).context("waiting for the container's process"),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_closed_socket_answers_no() {
-        let dir = tempfile::tempdir().unwrap();
-        let _ = dir;
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let record = Record::of("unused").unwrap();
-        let mut stream = BufReader::new(theirs);
-        let mut gate = SocketGate { stream: &mut stream, hold: true, door: None, record: &record };
-        drop(ours);
-        assert!(gate.setup_namespaces(7).is_err());
-    }
-
-    #[test]
-    fn a_refusal_carries_its_reason_and_a_go_is_a_go() {
-        let (mut ours, theirs) = UnixStream::pair().unwrap();
-        let record = Record::of("unused").unwrap();
-        let mut stream = BufReader::new(theirs);
-        let mut gate = SocketGate { stream: &mut stream, hold: true, door: None, record: &record };
-        send(&mut ours, &Answer::Go).unwrap();
-        send(&mut ours, &Answer::Refuse { why: "peer lost".into() }).unwrap();
-        gate.setup_namespaces(7).unwrap();
-        let err = gate.setup_namespaces(7).unwrap_err();
-        assert_eq!(err.to_string(), "peer lost");
-        let mut reader = BufReader::new(ours);
-        let line = read_line(&mut reader).unwrap().unwrap();
-        assert_eq!(line, "{\"event\":\"setup-namespaces\",\"pid\":7}\n");
-    }
-
-    /// A monitor's gate with a door, whose starter has gone; what the last question led to.
-    fn without_starter(door: &Path) -> std::thread::JoinHandle<Result<()>> {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        drop(ours);
-        let path = door.to_owned();
-        std::thread::spawn(move || {
-            let record = Record::of("unused").unwrap();
-            let mut stream = BufReader::new(theirs);
-            let mut gate = SocketGate { stream: &mut stream, hold: true, door: Some(&path), record: &record };
-            let door = Door::open(&path)?;
-            gate.ask(&Event::PostRestore { pid: 7 }, Some(&door))
-        })
-    }
-
-    fn knock(door: &Path) -> Starter {
-        let until = Instant::now() + DRAIN * 5;
-        loop {
-            if let Some((starter, 7)) = Starter::at(door).unwrap() {
-                return starter;
-            }
-            assert!(Instant::now() < until, "nobody is at the door");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    #[test]
-    fn whoever_knocks_after_the_starter_went_away_decides_and_may_go_away_too() {
-        let dir = tempfile::tempdir().unwrap();
-        let door = dir.path().join("door.sock");
-        let waits = without_starter(&door);
-        drop(knock(&door));
-        knock(&door).answer(&Answer::Go).unwrap();
-        waits.join().unwrap().unwrap();
-        assert!(!door.exists() && Starter::at(&door).unwrap().is_none());
-    }
-
-    #[test]
-    fn a_door_that_was_removed_answers_no() {
-        let dir = tempfile::tempdir().unwrap();
-        let door = dir.path().join("door.sock");
-        let waits = without_starter(&door);
-        drop(knock(&door));
-        std::fs::remove_file(&door).unwrap();
-        let err = waits.join().unwrap().unwrap_err();
-        assert!(err.to_string().contains("nobody knows"), "{err}");
     }
 }

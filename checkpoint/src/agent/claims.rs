@@ -92,7 +92,7 @@ impl Agent {
         let Some(told) = lock(&self.let_go).get(key).map(|let_go| let_go.told.clone()) else { return };
         for shim in self.shims.of(container).into_iter().filter(|shim| !told.contains(&shim.vpid)) {
             match shim.ask(Some(migration), Request::Abort, self.answer_time()) {
-                Ok(Reply::Done) => {}
+                Ok(Reply::GoesOn { held }) => self.metrics.held(held),
                 Ok(other) => eprintln!("{} answered abort with {other:?}", shim.who()),
                 Err(e) => {
                     eprintln!("{}", chain(&e));

@@ -6,21 +6,18 @@
 //! whose container takes part in no migration: a question would lengthen the pause it is meant to tell about.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::{Display, Write};
 use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rdma_virt::saved::{ProcessState, QpPhase};
 
+use super::prometheus::{Counters, Histogram, Page};
 use super::under_way::Role;
 use super::{Agent, lock};
 use crate::net::frame::FrameError;
 use crate::phase::Phase;
 use crate::timeline::Summary;
-
-/// Upper bounds of the buckets of all times, seconds.
-const BUCKETS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
 
 /// Shims have this long to say what they have.
 const ANSWER: Duration = Duration::from_secs(1);
@@ -195,81 +192,13 @@ impl Lookup {
 
 // ---- counting ------------------------------------------------------------------------------------------------------
 
-/// Counters of one name.
-#[derive(Debug)]
-struct Counters<const N: usize> {
-    name: &'static str,
-    help: &'static str,
-    labels: [&'static str; N],
-    values: Mutex<BTreeMap<[&'static str; N], u64>>,
-}
-
-impl<const N: usize> Counters<N> {
-    /// All that can occur are there from the beginning, so that the first increment is seen as one.
-    fn new(
-        name: &'static str,
-        help: &'static str,
-        labels: [&'static str; N],
-        known: impl IntoIterator<Item = [&'static str; N]>,
-    ) -> Self {
-        let values = Mutex::new(known.into_iter().map(|k| (k, 0)).collect());
-        Counters { name, help, labels, values }
-    }
-
-    fn add(&self, values: [&'static str; N], by: u64) {
-        let mut all = lock(&self.values);
-        let value = all.entry(values).or_default();
-        *value = value.saturating_add(by);
-    }
-
-    fn render(&self, page: &mut Page) {
-        page.head(self.name, self.help, "counter");
-        for (values, count) in lock(&self.values).iter() {
-            let labels: Vec<(&str, &str)> = self.labels.iter().copied().zip(values.iter().copied()).collect();
-            page.sample(self.name, &labels, count);
-        }
-    }
-}
-
-/// Times in buckets.
-#[derive(Debug, Default)]
-struct Histogram(Mutex<Times>);
-
-#[derive(Clone, Debug, Default)]
-struct Times {
-    /// Per bucket, not summed up; the last is for longer ones.
-    counts: [u64; BUCKETS.len() + 1],
-    sum: f64,
-}
-
-impl Histogram {
-    fn add(&self, seconds: f64) {
-        let at = BUCKETS.iter().position(|bound| seconds <= *bound).unwrap_or(BUCKETS.len());
-        let mut times = lock(&self.0);
-        times.counts[at] += 1;
-        times.sum += seconds;
-    }
-
-    fn render(&self, page: &mut Page, name: &str, labels: &[(&str, &str)]) {
-        let times = lock(&self.0).clone();
-        let mut all = 0;
-        let bounds = BUCKETS.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
-        for (bound, count) in bounds.zip(times.counts) {
-            all += count;
-            let labels: Vec<(&str, &str)> = labels.iter().copied().chain([("le", bound.as_str())]).collect();
-            page.sample(&format!("{name}_bucket"), &labels, all);
-        }
-        page.sample(&format!("{name}_sum"), labels, times.sum);
-        page.sample(&format!("{name}_count"), labels, all);
-    }
-}
-
 /// Everything one agent counts.
 #[derive(Debug)]
 pub struct Metrics {
     migrations: Counters<2>,
     images: Counters<2>,
     sent: Counters<1>,
+    held: Counters<0>,
     lookups: Counters<2>,
     orders: Counters<2>,
     rejected: Counters<2>,
@@ -308,6 +237,12 @@ impl Default for Metrics {
                 "Bytes that finished migrations from this host have sent.",
                 ["what"],
                 [["image"], ["pre-copy"], ["registered-memory"]],
+            ),
+            held: Counters::new(
+                "migrrdma_held_sends_total",
+                "Sends that processes here had posted while they were suspended, and that went out afterwards.",
+                [],
+                [[]],
             ),
             lookups: Counters::new(
                 "migrrdma_lookups_total",
@@ -359,6 +294,11 @@ impl Metrics {
         summary.frozen_seconds.into_iter().for_each(|s| self.frozen.add(s));
     }
 
+    /// A process goes on, and so many sends with it.
+    pub fn held(&self, sends: u64) {
+        self.held.add([], sends);
+    }
+
     pub fn lookup(&self, question: Lookup, found: bool) {
         self.lookups.add([question.name(), if found { "found" } else { "missed" }], 1);
     }
@@ -398,6 +338,7 @@ impl Metrics {
         page.head(name, "From the freeze here until the tasks ran there, of migrations from this host.", "histogram");
         self.frozen.render(page, name, &[]);
         self.sent.render(page);
+        self.held.render(page);
         self.lookups.render(page);
         self.orders.render(page);
         self.rejected.render(page);
@@ -552,41 +493,6 @@ impl Agent {
 
 // ---- the text format -----------------------------------------------------------------------------------------------
 
-/// A page in the making.
-#[derive(Debug, Default)]
-struct Page(String);
-
-impl Page {
-    fn head(&mut self, name: &str, help: &str, kind: &str) {
-        let help = help.replace('\\', "\\\\").replace('\n', "\\n");
-        self.line(format_args!("# HELP {name} {help}\n# TYPE {name} {kind}"));
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
-        let pairs: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{}\"", escaped(value))).collect();
-        match pairs.is_empty() {
-            true => self.line(format_args!("{name} {value}")),
-            false => self.line(format_args!("{name}{{{}}} {value}", pairs.join(","))),
-        }
-    }
-
-    fn gauge(&mut self, name: &str, help: &str, samples: &[(&[(&str, &str)], u64)]) {
-        self.head(name, help, "gauge");
-        for (labels, value) in samples {
-            self.sample(name, labels, value);
-        }
-    }
-
-    fn line(&mut self, line: impl Display) {
-        // Writing to a string cannot fail.
-        let _ = writeln!(self.0, "{line}");
-    }
-}
-
-fn escaped(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -596,53 +502,6 @@ mod tests {
         let mut page = Page::default();
         render(&mut page);
         page.0
-    }
-
-    #[test]
-    fn counters_are_there_from_the_beginning_and_grow() {
-        let counters = Counters::new("x_total", "Why \\ and\nhow.", ["a", "b"], [["q", "no"], ["q", "yes"]]);
-        counters.add(["q", "yes"], 2);
-        counters.add(["q", "yes"], u64::MAX);
-        counters.add(["p", "new"], 1);
-        let expected = "# HELP x_total Why \\\\ and\\nhow.\n# TYPE x_total counter\nx_total{a=\"p\",b=\"new\"} 1\n\
-                        x_total{a=\"q\",b=\"no\"} 0\nx_total{a=\"q\",b=\"yes\"} 18446744073709551615\n";
-        assert_eq!(text(|page| counters.render(page)), expected);
-    }
-
-    #[test]
-    fn a_time_counts_in_its_bucket_and_in_all_longer_ones() {
-        let times = Histogram::default();
-        for seconds in [0.005, 0.0051, 0.75, 1000.0] {
-            times.add(seconds);
-        }
-        let expected: String = [
-            ("0.005", 1),
-            ("0.01", 2),
-            ("0.025", 2),
-            ("0.05", 2),
-            ("0.1", 2),
-            ("0.25", 2),
-            ("0.5", 2),
-            ("1", 3),
-            ("2.5", 3),
-            ("5", 3),
-            ("10", 3),
-            ("30", 3),
-            ("60", 3),
-            ("300", 3),
-            ("+Inf", 4),
-        ]
-        .iter()
-        .map(|(le, n)| format!("t_seconds_bucket{{phase=\"dump\",le=\"{le}\"}} {n}\n"))
-        .collect();
-        let rest = "t_seconds_sum{phase=\"dump\"} 1000.7601\nt_seconds_count{phase=\"dump\"} 4\n";
-        assert_eq!(text(|page| times.render(page, "t_seconds", &[("phase", "dump")])), expected + rest);
-    }
-
-    #[test]
-    fn a_name_with_quotes_backslashes_and_newlines_stays_one_value() {
-        let page = text(|page| page.sample("m", &[("host", "a\"b\\c\nd"), ("version", "1")], 1));
-        assert_eq!(page, "m{host=\"a\\\"b\\\\c\\nd\",version=\"1\"} 1\n");
     }
 
     #[test]
@@ -679,6 +538,8 @@ mod tests {
         metrics.image(Operation::Restore, Outcome::Finished);
         metrics.phase(Phase::WaitBeforeStop, 0.2);
         metrics.lookup(Lookup::Find, false);
+        metrics.held(12);
+        metrics.held(3);
         metrics.done(&Summary { image_bytes: 10, pause_seconds: Some(0.3), ..Summary::default() });
         for door in Door::ALL {
             door.reasons().iter().for_each(|reason| metrics.rejected(door, *reason));
@@ -698,6 +559,7 @@ mod tests {
             "migrrdma_pause_duration_seconds_count 1",
             "migrrdma_frozen_duration_seconds_count 0",
             "migrrdma_sent_bytes_total{what=\"image\"} 10",
+            "migrrdma_held_sends_total 15",
             "migrrdma_lookups_total{question=\"find\",result=\"missed\"} 1",
             "migrrdma_orders_total{order=\"claim\",answer=\"busy\"} 1",
             "migrrdma_rejected_requests_total{door=\"agents\",reason=\"tls\"} 1",

@@ -16,7 +16,7 @@
 //! | [`admin`] | the local administrator's socket |
 //! | [`under_way`], [`taking_part`] | what goes on: noted while it does, and told as one list |
 //! | [`status`] | what `migrrdma status` shows |
-//! | [`metrics`], [`exporter`] | what is counted, and where it can be fetched |
+//! | [`metrics`], [`exporter`] | what is counted (as [`prometheus`] text), and where it can be fetched |
 //!
 //! The engine ([`crate::engine`]) runs inside, as source or as destination. An agent may stop and start at any time:
 //! containers go on, shims connect again, and what was under way is decided by the records on disk.
@@ -34,6 +34,7 @@ pub mod metrics;
 pub mod parking;
 pub mod peer;
 pub mod procs;
+mod prometheus;
 pub mod sessions;
 pub mod shims;
 pub mod status;
@@ -224,7 +225,7 @@ impl Agent {
                 agent.look_after_latecomers();
                 agent.look_after_parked();
                 agent.look_after_sessions();
-                engine::dest::look_after(&agent);
+                engine::orphans::look_after(&agent);
                 if round.is_multiple_of(SELDOM) {
                     engine::recover::run(&agent);
                 }

@@ -219,6 +219,10 @@ impl Agent {
             Err(ShimError::Absent { who }) if !self.is_there(container, vpid) => Err(ShimError::Ended { who }),
             // A connection ends a moment before its process does.
             Err(ShimError::Broken { who, .. }) if self.is_gone_soon(container, vpid) => Err(ShimError::Ended { who }),
+            Ok(Reply::GoesOn { held }) => {
+                self.metrics.held(held);
+                Ok(Reply::GoesOn { held })
+            }
             answer => answer,
         }
     }

@@ -103,7 +103,6 @@ impl Shim {
         deadline: Duration,
     ) -> Result<Reply, ShimError> {
         let what = verb(&request);
-        let goes_on = matches!(request, Request::Resume | Request::Abort);
         let _wait = self.under_way.wait_for_shim(migration, &self.container, &self.who(), &request, deadline);
         let (tx, rx) = sync_channel(1);
         let seq = {
@@ -140,7 +139,7 @@ impl Shim {
             other => {
                 match &other {
                     Reply::Suspended { counts } => self.suspended.store(counts.len(), Ordering::Relaxed),
-                    Reply::Done if goes_on => self.suspended.store(0, Ordering::Relaxed),
+                    Reply::GoesOn { .. } => self.suspended.store(0, Ordering::Relaxed),
                     _ => {}
                 }
                 Ok(other)
@@ -332,10 +331,10 @@ mod tests {
         let answering = thread::spawn(move || {
             let second: ToShim = SHIM.read(&mut end).unwrap();
             SHIM.write(&mut end, &FromShim { seq: first.seq, reply: Reply::Drained }).unwrap();
-            SHIM.write(&mut end, &FromShim { seq: second.seq, reply: Reply::Done }).unwrap();
+            SHIM.write(&mut end, &FromShim { seq: second.seq, reply: Reply::GoesOn { held: 3 } }).unwrap();
             end
         });
-        assert_eq!(shim.ask(None, Request::Resume, SOON).unwrap(), Reply::Done);
+        assert_eq!(shim.ask(None, Request::Resume, SOON).unwrap(), Reply::GoesOn { held: 3 });
         drop(answering.join().unwrap());
     }
 
@@ -361,7 +360,7 @@ mod tests {
         assert_eq!(answer(Request::Suspend { scope: Scope::All }, held), (vec![format!("{who} suspend")], 2));
         let drain = Request::Drain { expect: Vec::new(), deadline_ms: 1 };
         assert_eq!(answer(drain, Reply::Drained), (vec![format!("{who} drain")], 2));
-        assert_eq!(answer(Request::Resume, Reply::Done), (vec![format!("{who} resume")], 0));
+        assert_eq!(answer(Request::Resume, Reply::GoesOn { held: 0 }), (vec![format!("{who} resume")], 0));
     }
 
     #[test]

@@ -29,16 +29,16 @@ use super::landing::Landing;
 use super::memory::Memory;
 use super::newcomers::{adopt, alive};
 use super::prepared::{self, Note};
-use super::revive::{self, ByHand};
+use super::revive::ByHand;
 use super::store::{Store, StoreError};
 use crate::agent::metrics::Outcome;
 use crate::agent::under_way::Role;
 use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
-use crate::net::msg::{Answer, BornGid, BornQp, Fate, Offer, Order, Refusal};
+use crate::net::msg::{Answer, BornGid, BornQp, Offer, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
-const QUIET: Duration = Duration::from_secs(20);
+pub(super) const QUIET: Duration = Duration::from_secs(20);
 
 /// Name of the incubator's socket in the container's directory; the plugin knows it.
 const INCUBATOR: &str = "incubator.sock";
@@ -631,47 +631,4 @@ fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>,
         }
     }
     Ok(qps)
-}
-
-/// Asks the sources of quiet migrations what became of them. Called every now and then.
-pub fn look_after(agent: &Agent) {
-    let entries: Vec<(MigrationId, Entry)> = lock(&agent.desk.0).iter().map(|(id, e)| (*id, e.clone())).collect();
-    for (id, entry) in entries {
-        // A migration in the middle of a step is not quiet.
-        let Ok(arrival) = entry.arrival.try_lock() else { continue };
-        if arrival.partial().is_some() {
-            drop(arrival);
-            revive::look_after(agent, id, &entry);
-            continue;
-        }
-        if arrival.heard.elapsed() < QUIET || matches!(arrival.state, State::Running { keys: Some(_), .. }) {
-            continue;
-        }
-        let (source, may_give_up) = (
-            arrival.source.clone(),
-            !matches!(arrival.state, State::Prepared { .. } | State::Running { .. })
-                && arrival.heard.elapsed() > Duration::from_secs(agent.config.deadlines.orphan),
-        );
-        let runs = matches!(arrival.state, State::Running { .. });
-        drop(arrival);
-        let order = match agent.call(&source, Some(id), Order::Fate, Duration::from_secs(10)) {
-            Ok(Answer::Fate(Fate::Aborted)) => Order::Abandon,
-            Ok(Answer::Fate(Fate::Committed)) => Order::Commit,
-            Ok(Answer::Fate(Fate::Finished)) if runs => Order::Finish,
-            Ok(Answer::Fate(Fate::Finished)) => Order::Commit,
-            Ok(_) => {
-                lock(&entry.arrival).heard = Instant::now();
-                continue;
-            }
-            Err(_) if may_give_up => Order::Abandon,
-            Err(e) => {
-                eprintln!("{id}: its source is silent: {}", chain(&e));
-                continue;
-            }
-        };
-        eprintln!("{id} of container {}: {} after asking its source", entry.container, order.name());
-        if let Err(e) = obey(agent, None, id, order) {
-            eprintln!("{id}: {e}");
-        }
-    }
 }

@@ -193,7 +193,7 @@ impl Run<'_> {
         let ask = |(agent, container, vpid, request): &(String, String, Vpid, Request)| {
             loop {
                 let why = match self.relay(agent, container, *vpid, request.clone(), self.answer_time()) {
-                    Ok(Reply::Done) => return None,
+                    Ok(Reply::Done | Reply::GoesOn { .. }) => return None,
                     Ok(_) => "it answered with something else".to_owned(),
                     Err(Stop::Absent(why)) => return Some(why),
                     Err(stop) => stop.to_string(),

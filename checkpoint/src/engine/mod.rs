@@ -47,6 +47,7 @@
 //! | [`rebuild`] | objects that the moved processes make by themselves |
 //! | [`dest`] | the receiving side: one state machine per migration |
 //! | `prepared` | what the receiving side writes down, so that a restarted agent goes on from it |
+//! | [`orphans`] | arrivals whose source has gone quiet |
 //! | [`arrivals`] | what arrives, for those who look on |
 //! | [`park`], [`revive`] | by command instead: to disk, and from there |
 //! | [`by_hand`] | the command that runs CRIU in these, as the engine's host |
@@ -70,6 +71,7 @@ pub(crate) mod memory;
 pub mod negotiate;
 mod newcomers;
 mod nursery;
+pub mod orphans;
 pub(crate) mod pages;
 pub mod park;
 pub mod plan;

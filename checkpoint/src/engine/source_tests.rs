@@ -197,7 +197,7 @@ impl World for Fake {
                 }
                 Request::Abort => {
                     t.suspended = false;
-                    Reply::Done
+                    Reply::GoesOn { held: 0 }
                 }
                 other => panic!("{other:?} to the moving process"),
             })
@@ -282,7 +282,7 @@ fn answer(t: &mut Truth, order: Order) -> Answer {
                 assert!(t.switched && t.adopted, "nobody goes on before everybody is ready");
                 // The same request serves both ends here.
                 (t.peer_suspended, t.there_resumed) = (false, true);
-                Reply::Done
+                Reply::GoesOn { held: 0 }
             }
             _ => Reply::Done,
         }),

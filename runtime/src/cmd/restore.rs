@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 
 use crate::by_agent::{self, How};
 use crate::cli::{Global, Restore};
-use crate::monitor::RestoreOrder;
 use crate::restore::RestoreOptions;
+use crate::starter::RestoreOrder;
 use crate::store::ContainerHandle;
 use crate::{destroy, foreground};
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cli::{Global, Run};
 use crate::launch::{self, Console, CreateOptions};
-use crate::monitor::{Order, RunOrder, Starter};
+use crate::starter::{Order, RunOrder, Starter};
 use crate::store::{self, ContainerHandle};
 use crate::{destroy, foreground};
 

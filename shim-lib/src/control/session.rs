@@ -119,6 +119,11 @@ impl Migration {
     }
 }
 
+/// Sends that wait to go out.
+fn held(qps: &[Arc<ShadowQp>]) -> u64 {
+    qps.iter().filter(|qp| !qp.is_dead()).map(|qp| qp.progress().held as u64).sum()
+}
+
 /// The control thread's memory; survives its connections.
 #[derive(Default)]
 pub struct Session {
@@ -184,7 +189,8 @@ impl Session {
             && current.id != id
         {
             // Another one's abort has nothing to undo here.
-            return Ok(if matches!(request, Request::Abort) { Reply::Done } else { Reply::Busy { by: current.id } });
+            let abort = matches!(request, Request::Abort);
+            return Ok(if abort { Reply::GoesOn { held: 0 } } else { Reply::Busy { by: current.id } });
         }
         if let Some(current) = &mut self.current {
             current.heard = Instant::now();
@@ -243,7 +249,8 @@ impl Session {
     fn resume(&mut self, id: MigrationId) -> Result<Reply, Refused> {
         let Some(migration) = &mut self.current else {
             let repeated = self.ended == Some(id);
-            return if repeated { Ok(Reply::Done) } else { Err(Refused::new("no such migration is under way here")) };
+            let again = Reply::GoesOn { held: 0 };
+            return if repeated { Ok(again) } else { Err(Refused::new("no such migration is under way here")) };
         };
         if !migration.committed() && !migration.qps.is_empty() {
             return Err(Refused::new("nothing was adopted or switched: the migration can only be aborted"));
@@ -251,20 +258,23 @@ impl Session {
         if migration.rebuilt.is_some() && migration.adopted.is_none() {
             return Err(Refused::new("not every object has been made again yet"));
         }
-        self.flushing.extend(resume::resume(migration)?);
+        let qps = resume::resume(migration)?;
+        let held = held(&qps);
+        self.flushing.extend(qps);
         self.end();
-        Ok(Reply::Done)
+        Ok(Reply::GoesOn { held })
     }
 
     fn abort(&mut self) -> Result<Reply, Refused> {
-        let Some(migration) = &mut self.current else { return Ok(Reply::Done) };
+        let Some(migration) = &mut self.current else { return Ok(Reply::GoesOn { held: 0 }) };
         if migration.committed() {
             return Err(Refused::new("the migration has been committed: it can only be resumed"));
         }
         let undone = resume::abort(migration)?;
+        let held = held(&undone.qps);
         self.flushing.extend(undone.qps);
         self.end();
-        undone.result.map(|()| Reply::Done)
+        undone.result.map(|()| Reply::GoesOn { held })
     }
 
     fn end(&mut self) {

@@ -20,6 +20,7 @@ mod rebuild;
 pub mod settled;
 pub mod stage;
 mod surroundings;
+mod undone;
 
 use crate::scenario::Scenario;
 

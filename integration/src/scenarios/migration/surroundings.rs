@@ -4,11 +4,11 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 
-use super::stage::{Pair, Stage, tail};
+use super::stage::{Pair, Stage};
+use super::undone::{later, undone};
 use crate::lab::deploy::AGENT;
-use crate::lab::node::Output;
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(600);
@@ -71,28 +71,8 @@ fn hindered(ctx: &mut Context, h: &Hindrance<'_>) -> Result<()> {
     // It ends by itself, while the cause is there.
     let out = running.wait(Duration::from_secs(240));
     stage.ctx.node(h.node)?.sh(h.end)?;
-    undone(&out?, h.words)?;
-    // Traffic in both directions, for longer than what was held could last.
-    stage.flow(&pair.client, 300).context("the moved end")?;
-    stage.flow(&pair.server, 300).context("its peer")?;
-    stage.migrate(&pair.client, "dst").context("a later migration")?;
-    stage.flow(&pair.client, 200)?;
-    pair.judge(&mut stage)?;
-    stage.finish()
-}
-
-fn undone(out: &Output, words: &[&str]) -> Result<()> {
-    let text = out.text() + &out.errors();
-    ensure!(
-        !out.success(),
-        "the migration succeeded: the hindrance came too late or hindered nothing:\n{}",
-        tail(&text)
-    );
-    ensure!(!out.done.timed_out, "the migration did not end by itself:\n{}", tail(&text));
-    let last = out.errors().to_lowercase();
-    ensure!(words.iter().all(|w| last.contains(w)), "the message names not all of {words:?}: {last}");
-    ensure!(last.contains("undone"), "it was not undone: {last}");
-    Ok(())
+    undone(&stage, &pair, &out?, &[h.words, &["undone"]].concat())?;
+    later(stage, &pair)
 }
 
 fn clocks(ctx: &mut Context) -> Result<()> {
