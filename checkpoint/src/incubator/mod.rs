@@ -13,11 +13,13 @@
 //! | `child` | [`main`]: the process |
 //! | `proto` | what these two say to each other |
 //! | `rights` | becoming as weak as the container |
+//! | `limits` | whether the device allows as much as is wanted |
 //! | `objects`, `qp`, `mr`, `gid` | making kernel objects equal to a saved state |
 //! | `serve`, `wire` | handing them to restored tasks |
 
 mod child;
 pub(crate) mod gid;
+mod limits;
 mod mr;
 mod objects;
 mod parent;

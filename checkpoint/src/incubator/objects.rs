@@ -8,6 +8,7 @@ use super::gid;
 use super::mr::{Files, Memory, Mr};
 use super::proto::Link;
 use super::qp::{self, Qp};
+use crate::uverbs::abi::QueryDeviceResp;
 use crate::uverbs::context::{CqAttr, SrqAttr};
 use crate::uverbs::{Context, Device, Mapping, UverbsError};
 use rdma_virt::id::{Handle, ObjId, Vpid};
@@ -26,6 +27,8 @@ pub enum ObjectError {
     Wrong { what: String, vpid: Vpid, comm: String, why: String },
     #[error("no RDMA device here for {device} (driver {driver}) of process {}; this host has: {have}", vpid.0)]
     NoDevice { device: String, driver: String, vpid: Vpid, have: String },
+    #[error("device {device} of this host allows less than the container has: {beyond}")]
+    Limit { device: String, beyond: String },
     #[error("process {} has no QP with id {} in context {} to connect", vpid.0, qp.0, ctx.0)]
     NoQp { vpid: Vpid, ctx: ObjId, qp: ObjId },
 }
@@ -115,7 +118,10 @@ impl Objects {
                 let home = match homes.entry(state.id) {
                     std::collections::btree_map::Entry::Occupied(home) => home.into_mut(),
                     std::collections::btree_map::Entry::Vacant(room) => {
-                        let context = Context::open(device).map_err(owner.verb(format!("context {}", state.device)))?;
+                        let what = format!("context {}", state.device);
+                        let context = Context::open(device).map_err(owner.verb(&what))?;
+                        let limits = context.limits().map_err(owner.verb(&what))?;
+                        fits(&limits, &self.choice, wanted, device, here)?;
                         room.insert(Home::new(context))
                     }
                 };
@@ -204,6 +210,23 @@ pub(crate) fn choose<'a>(
         vpid,
         have: here.iter().map(|device| format!("{} ({})", device.name, device.driver)).collect::<Vec<_>>().join(", "),
     })
+}
+
+/// Whether a device allows all that is to be made on it.
+fn fits(
+    limits: &QueryDeviceResp,
+    choice: &BTreeMap<String, String>,
+    wanted: &[ProcessState],
+    device: &Device,
+    here: &[Device],
+) -> Result<(), ObjectError> {
+    let all = wanted.iter().flat_map(|process| process.contexts.iter().map(|context| (process.vpid, context)));
+    let here = all.filter(|(vpid, context)| choose(choice, context, here, *vpid).is_ok_and(|d| d.name == device.name));
+    let contexts: Vec<&ContextState> = here.map(|(_, context)| context).collect();
+    match super::limits::exceeded(limits, &contexts) {
+        Some(beyond) => Err(ObjectError::Limit { device: device.name.clone(), beyond }),
+        None => Ok(()),
+    }
 }
 
 impl Home {

@@ -119,11 +119,51 @@ pub const SRQT_BASIC: u64 = 0;
 pub const METHOD_MR_DESTROY: u16 = 1;
 pub const ATTR_DESTROY_MR_HANDLE: u16 = 0;
 
+pub const CMD_QUERY_DEVICE: u64 = 1;
 pub const CMD_ALLOC_PD: u64 = 3;
 pub const CMD_REG_MR: u64 = 9;
 pub const CMD_CREATE_COMP_CHANNEL: u64 = 17;
 pub const CMD_MODIFY_QP: u64 = 26;
 pub const CMD_MODIFY_SRQ: u64 = 33;
+
+/// `struct ib_uverbs_query_device`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct QueryDevice {
+    pub response: u64,
+}
+
+/// `struct ib_uverbs_query_device_resp`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct QueryDeviceResp {
+    pub fw_ver: u64,
+    pub node_guid: u64,
+    pub sys_image_guid: u64,
+    pub max_mr_size: u64,
+    pub page_size_cap: u64,
+    pub vendor_id: u32,
+    pub vendor_part_id: u32,
+    pub hw_ver: u32,
+    pub max_qp: u32,
+    pub max_qp_wr: u32,
+    pub device_cap_flags: u32,
+    pub max_sge: u32,
+    pub max_sge_rd: u32,
+    pub max_cq: u32,
+    pub max_cqe: u32,
+    pub max_mr: u32,
+    pub max_pd: u32,
+    /// From `max_qp_rd_atom` to `max_map_per_fmr`: not looked at.
+    pub between: [u32; 17],
+    pub max_srq: u32,
+    pub max_srq_wr: u32,
+    pub max_srq_sge: u32,
+    pub max_pkeys: u16,
+    pub local_ca_ack_delay: u8,
+    pub phys_port_cnt: u8,
+    pub reserved: [u8; 4],
+}
 
 /// `struct ib_uverbs_alloc_pd`.
 #[repr(C)]

@@ -25,6 +25,8 @@ macro_rules! plain {
 plain!(
     u32,
     u64,
+    abi::QueryDevice,
+    abi::QueryDeviceResp,
     abi::AllocPd,
     abi::AllocPdResp,
     abi::RegMr,

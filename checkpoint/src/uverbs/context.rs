@@ -135,6 +135,14 @@ impl Context {
         call.run(self.cmd.as_fd(), self.provider.driver_id()).map_err(|source| self.fail(verb, source))
     }
 
+    /// What the device allows.
+    pub fn limits(&self) -> Result<abi::QueryDeviceResp, UverbsError> {
+        let ask = abi::QueryDevice::default();
+        let (mut call, slot) = Call::legacy::<_, abi::QueryDeviceResp>(abi::CMD_QUERY_DEVICE, &ask, true);
+        self.run("query_device", &mut call)?;
+        Ok(slot.map(|slot| call.result(slot)).unwrap_or_default())
+    }
+
     pub fn alloc_pd(&self) -> Result<Handle, UverbsError> {
         let (mut call, slot) = Call::legacy::<_, abi::AllocPdResp>(abi::CMD_ALLOC_PD, &abi::AllocPd::default(), true);
         self.run("alloc_pd", &mut call)?;

@@ -90,6 +90,7 @@ fn numbers() -> Vec<Fact> {
         "IB_UVERBS_SRQT_BASIC" = SRQT_BASIC;
         "UVERBS_METHOD_MR_DESTROY" = METHOD_MR_DESTROY;
         "UVERBS_ATTR_DESTROY_MR_HANDLE" = ATTR_DESTROY_MR_HANDLE;
+        "IB_USER_VERBS_CMD_QUERY_DEVICE" = CMD_QUERY_DEVICE;
         "IB_USER_VERBS_CMD_ALLOC_PD" = CMD_ALLOC_PD;
         "IB_USER_VERBS_CMD_REG_MR" = CMD_REG_MR;
         "IB_USER_VERBS_CMD_CREATE_COMP_CHANNEL" = CMD_CREATE_COMP_CHANNEL;
@@ -134,6 +135,23 @@ fn layouts() -> Vec<Fact> {
     }
     layout!("ib_uverbs_ioctl_hdr", abi::IoctlHdr, length, object_id, method_id, num_attrs, driver_id);
     layout!("ib_uverbs_attr", abi::Attr, attr_id, len, flags, attr_data, data);
+    layout!("ib_uverbs_query_device", abi::QueryDevice, response);
+    layout!(
+        "ib_uverbs_query_device_resp",
+        abi::QueryDeviceResp,
+        max_mr_size,
+        max_qp,
+        max_qp_wr,
+        max_sge,
+        max_cq,
+        max_cqe,
+        max_mr,
+        max_pd,
+        max_srq,
+        max_srq_wr,
+        max_srq_sge,
+        phys_port_cnt
+    );
     layout!("ib_uverbs_alloc_pd", abi::AllocPd, response);
     layout!("ib_uverbs_alloc_pd_resp", abi::AllocPdResp, pd_handle);
     layout!("ib_uverbs_reg_mr", abi::RegMr, start, length, hca_va, pd_handle, access_flags);
