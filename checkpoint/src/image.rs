@@ -207,15 +207,26 @@ fn checksum(version: u32, len: u64, body: &[u8]) -> u32 {
 
 /// Writes the image into a directory so that after a crash there is either the whole file or none.
 pub fn write(dir: &Path, image: &RdmaImage) -> Result<(), ImageError> {
+    put(dir, image, true)
+}
+
+/// As [`write`], for an image that is sent on at once and means nothing after a crash: a flush would lengthen a pause.
+pub fn write_unflushed(dir: &Path, image: &RdmaImage) -> Result<(), ImageError> {
+    put(dir, image, false)
+}
+
+fn put(dir: &Path, image: &RdmaImage, flush: bool) -> Result<(), ImageError> {
     let bytes = encode(image)?;
     let path = dir.join(FILE);
     let draft = dir.join(format!(".{FILE}.{}", std::process::id()));
     let result = (|| {
         let mut file = File::create(&draft)?;
         file.write_all(&bytes)?;
-        file.sync_all()?;
+        if flush {
+            file.sync_all()?;
+        }
         fs::rename(&draft, &path)?;
-        File::open(dir)?.sync_all()
+        if flush { File::open(dir)?.sync_all() } else { Ok(()) }
     })();
     result.map_err(|source| {
         let _ = fs::remove_file(&draft);

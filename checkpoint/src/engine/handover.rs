@@ -11,7 +11,6 @@ use std::time::Duration;
 use super::host::{DumpJob, HostError};
 use super::precopy;
 use super::source::{Run, Stop, confused};
-use crate::agent::facts;
 use crate::image::{self, ImagedProcess, RdmaImage, Secret, SourceDevice, SourceGid};
 use crate::net::msg::{Answer, Order};
 use crate::phase::Phase;
@@ -62,7 +61,7 @@ impl Run<'_> {
         }
         if !self.states.is_empty() {
             let image = self.rdma_image();
-            image::write(&images, &image).map_err(|e| Stop::Failed(crate::agent::chain(&e)))?;
+            image::write_unflushed(&images, &image).map_err(|e| Stop::Failed(crate::agent::chain(&e)))?;
         }
         self.voyage = Some(self.embark(0)?);
         self.hold_dump(DumpJob { images, work, parent: precopy::parent(self.rounds) })
@@ -118,11 +117,12 @@ impl Run<'_> {
             container: self.request.container.clone(),
             hand_over: self.hand_over,
             host: self.world.config().name.clone(),
-            devices: facts::devices()
-                .into_iter()
+            devices: self
+                .devices
+                .iter()
                 .map(|d| SourceDevice {
-                    name: d.name,
-                    driver: d.driver,
+                    name: d.name.clone(),
+                    driver: d.driver.clone(),
                     node_guid: 0,
                     gids: d
                         .gids

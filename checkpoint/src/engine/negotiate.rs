@@ -89,6 +89,7 @@ impl Run<'_> {
             }));
         }
         self.states = states;
+        self.devices = facts::devices();
         Ok(reasons)
     }
 

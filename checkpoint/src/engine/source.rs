@@ -33,7 +33,7 @@ use crate::agent::under_way::{Role, Seen, Stage, UnderWay};
 use crate::agent::{Agent, chain, lock};
 use crate::image::HandOver;
 use crate::net::client::CallError;
-use crate::net::msg::{Answer, Lease, Order, Refusal};
+use crate::net::msg::{Answer, DeviceFacts, Lease, Order, Refusal};
 use crate::phase::Phase;
 use crate::record::{Record, State};
 use crate::timeline::{Summary, Timeline};
@@ -174,6 +174,8 @@ pub struct Run<'a> {
     pub(super) states: Vec<ProcessState>,
     /// Host pids of the RDMA processes.
     pub(super) pids: BTreeMap<Vpid, i32>,
+    /// This host's RDMA devices, looked up before the pause: a look opens them.
+    pub(super) devices: Vec<DeviceFacts>,
     pub(super) plan: Plan,
     /// Peers' containers that are held for us: agent and container.
     pub(super) held_peers: BTreeSet<(String, String)>,
@@ -321,6 +323,7 @@ impl<'a> Run<'a> {
             container: None,
             states: Vec::new(),
             pids: BTreeMap::new(),
+            devices: Vec::new(),
             plan: Plan::default(),
             held_peers: BTreeSet::new(),
             set_up_for: None,
