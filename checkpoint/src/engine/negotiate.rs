@@ -126,8 +126,8 @@ impl Run<'_> {
 
     /// Finds the far ends of all links not found yet, and has their hosts hold their containers.
     pub(super) fn find_peers(&mut self) -> Result<Vec<String>, Stop> {
-        // Many links lead to few hosts; finding out whose a GID is may mean asking around.
-        let known = RefCell::new(BTreeMap::<[u8; 16], String>::new());
+        // Many links lead to few hosts; finding out whose a GID is may mean asking around, and looking into devices.
+        let known = RefCell::new(std::mem::take(&mut self.homes));
         let agent_of = |gid: PGid| known.borrow_mut().entry(gid.0).or_insert_with(|| self.world.agent_of(gid)).clone();
         let here = |gid| agent_of(gid) == LOCAL;
         let unknown = self.plan.update(&self.states, here, super::forward::random_u32);
@@ -135,6 +135,7 @@ impl Run<'_> {
         for at in unknown {
             by_agent.entry(agent_of(self.plan.links[at].remote.pgid)).or_default().push(at);
         }
+        self.homes = known.into_inner();
         let ask = |(agent, at): &(String, Vec<usize>)| {
             let links = at.iter().map(|i| self.plan.question(*i)).collect();
             self.world.call(agent, self.id, Order::Find { links }, self.answer_time())

@@ -174,6 +174,8 @@ pub struct Run<'a> {
     pub(super) states: Vec<ProcessState>,
     /// Host pids of the RDMA processes.
     pub(super) pids: BTreeMap<Vpid, i32>,
+    /// Whose agents GIDs belong to, as far as it was asked.
+    pub(super) homes: BTreeMap<[u8; 16], String>,
     /// This host's RDMA devices, looked up before the pause: a look opens them.
     pub(super) devices: Vec<DeviceFacts>,
     pub(super) plan: Plan,
@@ -323,6 +325,7 @@ impl<'a> Run<'a> {
             container: None,
             states: Vec::new(),
             pids: BTreeMap::new(),
+            homes: BTreeMap::new(),
             devices: Vec::new(),
             plan: Plan::default(),
             held_peers: BTreeSet::new(),
