@@ -259,14 +259,15 @@ fn attempts(
 #[derive(Debug)]
 pub(super) struct Attempts {
     began: Instant,
-    made: u32,
+    /// How many ended because a process did.
+    ended: u32,
     /// So long it is tried to get past other migrations.
     patience: Duration,
 }
 
 impl Attempts {
     pub fn new(config: &Config) -> Self {
-        Attempts { began: Instant::now(), made: 0, patience: Duration::from_secs(config.deadlines.busy) }
+        Attempts { began: Instant::now(), ended: 0, patience: Duration::from_secs(config.deadlines.busy) }
     }
 
     /// Whether to make another one after `end`. Says so, and waits for as long as it takes others to get out of the way.
@@ -279,10 +280,12 @@ impl Attempts {
         under_way: &UnderWay,
     ) -> bool {
         let End::Undone { again: Some(again), why, .. } = end else { return false };
-        self.made += 1;
         let worth = match again {
             Again::Busy(_) => self.began.elapsed() < self.patience,
-            Again::Ended => self.made < WITHOUT,
+            Again::Ended => {
+                self.ended += 1;
+                self.ended < WITHOUT
+            }
         };
         if !worth || cancel.why().is_some() {
             return false;

@@ -33,6 +33,16 @@ struct Inner {
     asleep: bool,
 }
 
+/// See [`Beat::ends`].
+#[derive(Debug)]
+pub struct Ends<'a>(&'a Beat);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.set(State::Over);
+    }
+}
+
 /// Beats for one connection. The stream is written to under the state's lock, and only while the connection's own
 /// thread works on a call: it writes nothing then.
 #[derive(Debug, Default)]
@@ -52,9 +62,9 @@ impl Beat {
         self.lock().state = State::Idle;
     }
 
-    /// Ends [`Beat::run`].
-    pub fn end(&self) {
-        self.set(State::Over);
+    /// [`Beat::run`] ends when this is dropped.
+    pub fn ends(&self) -> Ends<'_> {
+        Ends(self)
     }
 
     fn set(&self, state: State) {
@@ -116,6 +126,7 @@ mod tests {
         let (beat, count) = (Beat::default(), AtomicU32::new(0));
         let beats = || count.load(Ordering::SeqCst);
         thread::scope(|scope| {
+            let _ends = beat.ends();
             scope.spawn(|| {
                 beat.every(SHORT, || {
                     count.fetch_add(1, Ordering::SeqCst);
@@ -133,7 +144,6 @@ mod tests {
             assert!(then >= 3);
             thread::sleep(SHORT * 6);
             assert_eq!(beats(), then, "none after the work was done");
-            beat.end();
         });
     }
 }

@@ -93,9 +93,9 @@ fn converse(
     let (beat, stream) = (Beat::default(), Mutex::new(stream));
     thread::scope(|scope| {
         thread::Builder::new().name("net-beat".into()).spawn_scoped(scope, || beat.run(&stream))?;
-        let end = calls(&stream, &beat, from, handler);
-        beat.end();
-        end
+        // Also when a call panics: the scope waits for the heart to stop.
+        let _ends = beat.ends();
+        calls(&stream, &beat, from, handler)
     })
 }
 
