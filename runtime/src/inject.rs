@@ -80,6 +80,7 @@ impl HostPaths {
     /// Removes what injection made for one container. The shim's copy stays.
     pub fn forget(&self, id: &str) {
         let _ = fs::remove_dir_all(self.agent_dir(id));
+        store::sweep_drafts(&self.preload(id));
         let _ = fs::remove_file(self.preload(id));
         let _ = fs::remove_dir_all(self.memory_dir(id));
     }

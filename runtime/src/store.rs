@@ -6,6 +6,7 @@
 //! directory without `migrrdma.json` belongs to another runtime (Docker gives
 //! all runtimes one root) and is never touched.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -210,7 +211,8 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 /// Writes through a temporary file and a rename in the same directory.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let name = path.file_name().context("a file needs a name")?;
-    let temporary = path.with_file_name(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
+    let temporary = path.with_file_name(format!("{}{}", draft_prefix(name), std::process::id()));
+    sweep_drafts(path);
     let write = || -> std::io::Result<()> {
         let mut file = fs::File::create(&temporary)?;
         file.write_all(bytes)?;
@@ -221,9 +223,42 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
+fn draft_prefix(name: &OsStr) -> String {
+    format!(".{}.", name.to_string_lossy())
+}
+
+/// Removes what processes that were killed in [`write_atomically`] left beside this file.
+pub fn sweep_drafts(path: &Path) {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else { return };
+    let prefix = draft_prefix(name);
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|n| n.strip_prefix(&prefix)).and_then(|pid| pid.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn drafts_of_killed_processes_are_swept_up_and_those_of_living_ones_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.preload");
+        // Beyond any pid a kernel gives.
+        let dead = dir.path().join(".c.preload.4194305");
+        let alive = dir.path().join(".c.preload.1");
+        let other = dir.path().join(".d.preload.4194305");
+        for file in [&dead, &alive, &other] {
+            fs::write(file, "half").unwrap();
+        }
+        write_atomically(&path, b"whole").unwrap();
+        assert!(!dead.exists() && alive.exists() && other.exists());
+        assert_eq!(fs::read(&path).unwrap(), b"whole");
+    }
 
     #[test]
     fn ids_that_leave_the_root_are_refused() {
