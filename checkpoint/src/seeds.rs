@@ -50,7 +50,11 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let pages = MemoryPages { file: "7.1".into(), first: 0, runs, zeros, bytes: vec![7; 4096] };
     let mut archive = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
-    (header.set_size(3), header.set_mode(0o644), header.set_mtime(1), header.set_uid(0), header.set_gid(0));
+    header.set_size(3);
+    header.set_mode(0o644);
+    header.set_mtime(1);
+    header.set_uid(0);
+    header.set_gid(0);
     archive.append_data(&mut header, "etc/hosts", &b"abc"[..]).expect("a file");
     header.set_entry_type(tar::EntryType::Symlink);
     header.set_size(0);

@@ -128,9 +128,9 @@ mod tests {
             from: "src",
             to: "dst",
             way: String::new(),
-            fault: (n % 2 == 0).then(|| "Ctrl-C in dump".into()),
-            moved: n % 3 != 0,
-            pause_ms: (n % 3 != 0).then_some(1000.0 + n as f64),
+            fault: n.is_multiple_of(2).then(|| "Ctrl-C in dump".into()),
+            moved: !n.is_multiple_of(3),
+            pause_ms: (!n.is_multiple_of(3)).then_some(1000.0 + n as f64),
             seconds: 1.0,
             vitals: None,
         }

@@ -85,14 +85,14 @@ pub fn next(random: &mut Random, places: &[&str], faults: usize) -> Step {
     let phase = PHASES[random.below(PHASES.len())];
     let kind = random.below(5);
     let other = elsewhere(random, places[who ^ 1]);
-    let fault = wrong.then(|| match kind {
+    let fault = match kind {
         0 => Fault::Killed(Whose::Source, phase),
         1 => Fault::Killed(Whose::Destination, phase),
         2 => Fault::Killed(Whose::Peer, phase),
         3 => Fault::Interrupted(phase),
         _ => Fault::OtherEnd(other),
-    });
-    Step { who, to, way, fault }
+    };
+    Step { who, to, way, fault: wrong.then_some(fault) }
 }
 
 fn elsewhere(random: &mut Random, at: &str) -> &'static str {
