@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 pub const FILE: &str = "rdma.img";
 
 /// Version written; the only one read.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Largest image accepted, bytes: tens of thousands of objects need a few megabytes.
 pub const MAX_LEN: usize = 64 << 20;
@@ -54,6 +54,8 @@ pub struct ImagedSession {
     /// The container ended with this image, and its peers wait; otherwise it went on, and only a partial restore is
     /// possible.
     pub whole: bool,
+    /// It is whole, and the container went on with its peers all the same: nobody waits for the image.
+    pub left_running: bool,
     /// Numbers the container's later QPs come from: the first, and how many.
     pub lease: (u32, u32),
     /// Who is connected to whom, as JSON of the engine's plan: opaque here.
@@ -291,6 +293,7 @@ mod tests {
                 migration: MigrationId([4; 16]),
                 source: "10.0.0.1:7477".into(),
                 whole: true,
+                left_running: false,
                 lease: (1 << 20, 8),
                 plan: b"{}".to_vec(),
             }),

@@ -206,7 +206,7 @@ impl Moved {
         Some(Resolved { pgid, pqpn: *pqpn, keys: process.keys.0.clone() })
     }
 
-    /// Agents that may know a QP made after the move of a container that shows this GID.
+    /// Agents whose host has the QP now, or may have it: it was made after the move of a container that shows this GID.
     pub fn homes(&self, vgid: VGid, vqpn: VQpn) -> Vec<String> {
         let t = self.tables();
         let inside = |l: Lease| vqpn.0 >= l.first && vqpn.0 - l.first < l.count;
@@ -214,7 +214,7 @@ impl Moved {
             .moved
             .values()
             .flatten()
-            .filter(|p| p.vgids.contains(&vgid) && inside(p.lease))
+            .filter(|p| p.vgids.contains(&vgid) && (inside(p.lease) || p.qps.iter().any(|(v, _, _)| *v == vqpn)))
             .map(|p| p.at.clone())
             .collect();
         homes.dedup();

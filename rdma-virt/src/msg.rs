@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A container keeps the shim it was started with, so agents go on speaking what released
 /// shims speak; before the first release there is nothing to go on with.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The oldest one an agent understands.
 pub const OLDEST: u32 = 3;
@@ -38,7 +38,7 @@ pub struct Hello {
 pub enum Role {
     /// The control thread's: stays open, the agent asks.
     Control,
-    /// An application thread's: one [`Ask`], one [`Answer`], closed.
+    /// An application thread's: one [`Ask`], one [`Answer`] (after any number of [`Answer::Later`]), closed.
     Ask,
 }
 
@@ -60,6 +60,8 @@ pub enum Answer {
     Resolved { pgid: PGid, pqpn: PQpn, keys: Vec<(VRkey, PRkey)> },
     /// In one sentence.
     Failed { why: String },
+    /// For [`Ask::Resolve`]: that end's container stands still; another answer follows. Since version 4.
+    Later,
 }
 
 /// A request of the agent to a shim's control thread.

@@ -2,11 +2,12 @@
 //! about RDMA around it and holds CRIU at its gates. Without RDMA in use neither needs the other.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use checkpoint::agent::admin::{Event, Request};
 use checkpoint::agent::config::Config;
+use checkpoint::agent::procs;
 use checkpoint::criu::rpc::Criu_network_lock_method;
 use checkpoint::engine::by_hand::Word;
 use checkpoint::engine::park::CheckpointRequest;
@@ -22,6 +23,8 @@ use crate::restore::{self, Restored};
 use crate::starter::{self, Starter};
 use crate::store::ContainerHandle;
 
+/// For an agent that is being restarted.
+const AGENT: Duration = Duration::from_secs(10);
 /// For the monitor's word on anything but the restore itself.
 const MONITOR: Duration = Duration::from_secs(60);
 
@@ -83,6 +86,13 @@ fn end(event: Event, id: &str, verb: &str) -> Result<()> {
     }
 }
 
+/// Whether a process of the container has an RDMA device open.
+fn uses_rdma(root: &Path, id: &str) -> Result<bool> {
+    let cgroup = ContainerHandle::load(root, id)?.cgroup()?;
+    let Some(cgroup) = cgroup.unified() else { return Ok(false) };
+    Ok(procs::of_cgroup(cgroup)?.iter().any(|p| !p.verbs.is_empty()))
+}
+
 struct DumpGate<'a>(&'a mut Client);
 
 impl Gate for DumpGate<'_> {
@@ -109,11 +119,17 @@ pub fn checkpoint(root: &Path, id: &str, options: &DumpOptions) -> Result<bool> 
         pre_dump: options.pre_dump,
         leave_running: options.leave_running,
     });
-    let mut client = match agent(&request) {
-        Ok(client) => client,
-        Err(err) => {
-            tracing::debug!("{err:#}");
-            return Ok(false);
+    let until = Instant::now() + AGENT;
+    let mut client = loop {
+        match agent(&request) {
+            Ok(client) => break client,
+            Err(err) if !uses_rdma(root, id)? => {
+                tracing::debug!("{err:#}");
+                return Ok(false);
+            }
+            // It may be starting.
+            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(300)),
+            Err(err) => return Err(err.context(format!("container {id} uses RDMA, so its checkpoint needs the agent"))),
         }
     };
     let mut options = options.clone();
@@ -220,15 +236,22 @@ fn held(mut starter: Starter, deadline: Duration, client: &mut Client) -> Result
 
 fn request(id: &str, images: &Path, bundle: &Path) -> Result<RestoreRequest> {
     let absolute = |path: &Path| -> Result<PathBuf> { std::path::absolute(path).context("no current directory") };
-    Ok(RestoreRequest { container: id.to_owned(), images: absolute(images)?, bundle: absolute(bundle)? })
+    let (images, bundle) = (absolute(images)?, absolute(bundle)?);
+    Ok(RestoreRequest { container: id.to_owned(), images, bundle, disconnected: false })
 }
 
 /// Restores a container, with the agent's help if its image holds RDMA objects.
-pub fn restore(id: &str, images: &Path, bundle: &Path, how: How) -> Result<Restored> {
+pub fn restore(id: &str, images: &Path, bundle: &Path, disconnected: bool, how: How) -> Result<Restored> {
     if !has_rdma(images) {
         return how.go(None);
     }
-    let mut client = agent(&Request::Restore(request(id, images, bundle)?)).with_context(|| {
+    let left_running = image::read(images).is_ok_and(|i| i.and_then(|i| i.session).is_some_and(|s| s.left_running));
+    if left_running || disconnected {
+        let why = if left_running { "went on without this image" } else { "are not asked" };
+        eprintln!("the peers of container {id} {why}: its RDMA connections to them come up in the error state");
+    }
+    let request = RestoreRequest { disconnected, ..request(id, images, bundle)? };
+    let mut client = agent(&Request::Restore(request)).with_context(|| {
         format!("the image {} holds RDMA objects, which only the agent can bring back", images.display())
     })?;
     let mut how = Some(how);

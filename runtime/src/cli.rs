@@ -416,6 +416,10 @@ pub struct Restore {
     /// Prepare what can be prepared from a pre-copied image, and wait
     #[arg(long)]
     pub partial: bool,
+    /// Restore RDMA without the peers, whether or not they wait for the image: QPs that are connected to other containers
+    /// come up in the error state, and what is posted to them is flushed
+    #[arg(long, conflicts_with = "partial")]
+    pub disconnected: bool,
     /// With --detach: a monitor keeps stdio (logs) and exit status (wait)
     #[arg(long, requires = "detach", conflicts_with_all = ["console_socket", "partial"])]
     pub supervise: bool,

@@ -19,6 +19,10 @@ use crate::rootfs;
 const CONFIG_FILE: &str = "/etc/criu/runc.conf";
 /// Annotation naming another one; empty for none.
 const CONFIG_ANNOTATION: &str = "org.criu.config";
+/// How much CRIU says by default: everything, as under runc.
+pub const SAYS_ALL: u32 = 4;
+/// Inside a pause: every line is a system call, and there are some ten for each mapping. Errors and warnings only.
+const SAYS_LITTLE: u32 = 2;
 /// What CRIU calls masked files.
 pub const MASK: &str = "/dev/null";
 
@@ -47,6 +51,13 @@ pub struct Common {
     pub plugin_env: Vec<(String, String)>,
     /// Longest silence of CRIU.
     pub deadline: Duration,
+    /// CRIU's `log_level`.
+    pub log_level: u32,
+}
+
+/// What CRIU's log says of a migration: all of it only where this runtime was started with `--debug`.
+pub fn migration_log_level() -> u32 {
+    if crate::debug_log::is_installed() { SAYS_ALL } else { SAYS_LITTLE }
 }
 
 impl Common {
@@ -68,6 +79,7 @@ impl Common {
             plugin_dir: None,
             plugin_env: Vec::new(),
             deadline: Duration::from_secs(600),
+            log_level: SAYS_ALL,
         }
     }
 
@@ -102,7 +114,7 @@ impl Common {
         if let Some(work) = &dirs.work {
             opts.set_work_dir_fd(work.as_raw_fd());
         }
-        opts.set_log_level(4);
+        opts.set_log_level(self.log_level as i32);
         opts.set_log_file(log.into());
         opts.set_notify_scripts(true);
         opts.set_orphan_pts_master(true);

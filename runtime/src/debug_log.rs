@@ -22,6 +22,11 @@ pub fn install(path: Option<&Path>) {
     let _ = tracing::subscriber::set_global_default(DebugLog(file));
 }
 
+/// Whether it was asked for.
+pub fn is_installed() -> bool {
+    tracing::dispatcher::has_been_set()
+}
+
 impl Subscriber for DebugLog {
     fn enabled(&self, _metadata: &Metadata<'_>) -> bool {
         true

@@ -15,6 +15,7 @@ mod cmd;
 mod console;
 mod criu_plan;
 mod criu_version;
+mod debris;
 mod debug_log;
 mod destroy;
 mod devices;

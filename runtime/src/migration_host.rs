@@ -23,7 +23,7 @@ use crate::inject::{self, HostPaths};
 use crate::record::Record;
 use crate::starter::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::store::{self, ContainerHandle};
-use crate::{cgroup, criu_version, destroy, keeper, localise, memory};
+use crate::{cgroup, criu_plan, criu_version, destroy, keeper, localise, memory};
 
 /// Time for the incubator to start.
 const INCUBATOR: Duration = Duration::from_secs(30);
@@ -86,6 +86,7 @@ impl MigrationHost {
         // The engine has taken the container's link down: nothing can arrive that CRIU would have to keep out.
         common.network_lock = Some(Criu_network_lock_method::SKIP);
         common.criu = self.criu.clone();
+        common.log_level = criu_plan::migration_log_level();
         dump::dump(handle, &options, &mut LastGate(gate)).map(drop)
     }
 
@@ -97,6 +98,7 @@ impl MigrationHost {
         let common = &mut options.common;
         common.work_path = Some(job.work.clone());
         common.criu = self.criu.clone();
+        common.log_level = criu_plan::migration_log_level();
         dump::dump(handle, &options, &mut OpenGate).map(drop)
     }
 
@@ -121,6 +123,7 @@ impl MigrationHost {
             // Hooks that connect a given namespace to the network must not do so before the commit.
             skip_create_hooks: skip,
             criu: Some(self.criu.clone()),
+            criu_log_level: criu_plan::migration_log_level(),
             plugin_dir: None,
             plugin_env,
             hold: true,
@@ -387,6 +390,20 @@ impl Host for MigrationHost {
         let dir = HostPaths::default().memory_dir(id);
         memory::make_dir(&dir).map_err(told)?;
         Ok(dir)
+    }
+
+    fn remove_broken_off(&self, id: &str, images: &Path) -> host::Result<()> {
+        let remove = || {
+            if !self.root.join(id).exists() {
+                return Ok(());
+            }
+            let handle = ContainerHandle::load(&self.root, id)?;
+            if handle.sidecar.restored_from.as_deref() != Some(images) {
+                return Ok(());
+            }
+            destroy::delete(handle, true)
+        };
+        remove().map_err(told)
     }
 
     fn drop_memory_files(&self, id: &str) {

@@ -219,6 +219,7 @@ fn restore_held(
     if let Some(criu) = &order.criu {
         common.criu = criu.clone();
     }
+    common.log_level = order.criu_log_level;
     if let Some(seconds) = order.deadline_s {
         common.deadline = Duration::from_secs(seconds);
     }

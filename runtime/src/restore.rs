@@ -24,7 +24,7 @@ use crate::gate::Gate;
 use crate::inject::HostPaths;
 use crate::launch::{self, Prepared};
 use crate::store::{self, ContainerHandle};
-use crate::{console, destroy, memory, mountpoints, nodes, procfs, seal, stdio};
+use crate::{console, debris, destroy, memory, mountpoints, nodes, procfs, seal, stdio};
 
 /// Log of restores, a name engines know.
 pub const LOG: &str = "restore.log";
@@ -121,7 +121,7 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
         bail!("{} of the image is malformed", crate::dump::FACTS);
     }
     let dir = launch::make_state_dir(&options.root, &options.id)?;
-    let id = options.id.clone();
+    let (id, work) = (options.id.clone(), options.common.work_dir().to_owned());
     let cgroup = Cgroup::for_spec(&prepared.spec, &id, options.systemd_cgroup);
     let injected = prepared.shim.is_some();
     let result = (|| {
@@ -129,7 +129,10 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
         let root = MountedRoot::new(&dir, &prepared.rootfs)?;
         restore_in(&dir, &prepared, facts, options, cgroup, &root.0, gate)
     })();
-    result.inspect_err(|_| destroy::leftovers(&dir, &id, cgroup.as_ref().ok(), injected))
+    result.inspect_err(|_| {
+        destroy::leftovers(&dir, &id, cgroup.as_ref().ok(), injected);
+        debris::sweep(&work);
+    })
 }
 
 fn restore_in(
@@ -144,6 +147,8 @@ fn restore_in(
     let spec = &prepared.spec;
     let common = &options.common;
     let mut handle = launch::new_handle(dir, &options.id, prepared, options.systemd_cgroup)?;
+    handle.sidecar.restored_from = Some(common.image_path.clone());
+    handle.save()?;
     mountpoints::make(spec, &prepared.rootfs)?;
     put_memory(&options.id, &common.image_path)?;
     let dirs = Directories::open(common, false)?;

@@ -65,6 +65,8 @@ pub struct RestoreOrder {
     /// A program other than the installed criu.
     #[serde(default)]
     pub criu: Option<PathBuf>,
+    /// See [`Common::log_level`](crate::criu_plan::Common).
+    pub criu_log_level: u32,
     #[serde(default)]
     pub plugin_dir: Option<PathBuf>,
     /// Environment of criu, for its plugins.

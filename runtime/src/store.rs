@@ -48,6 +48,9 @@ pub struct Sidecar {
     /// Path of the cgroup below the unified mount point, empty when unknown.
     #[serde(default)]
     pub cgroup: PathBuf,
+    /// Directory of the image it was restored from, if it was.
+    #[serde(default)]
+    pub restored_from: Option<PathBuf>,
 }
 
 /// A container this runtime made, loaded from its root directory.

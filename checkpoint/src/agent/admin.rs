@@ -23,7 +23,7 @@ use super::{Agent, StartError};
 use crate::engine::by_hand::{Clerk, Word};
 use crate::engine::park::{self, CheckpointRequest};
 use crate::engine::revive::{self, RestoreRequest};
-use crate::engine::{Cancel, MigrateRequest, Progress, source};
+use crate::engine::{Cancel, MigrateRequest, Progress, attempts};
 use crate::phase::Phase;
 use crate::timeline::Summary;
 
@@ -189,7 +189,7 @@ fn converse(agent: &Arc<Agent>, stream: UnixStream) {
         Ok(Some(Request::Migrate(request))) => {
             let cancel = Arc::new(Cancel::default());
             watch(reader, cancel.clone(), words);
-            source::migrate(agent, &request, &cancel, &*talk);
+            attempts::migrate(agent, &request, &cancel, &*talk);
         }
         Ok(Some(Request::Checkpoint(request))) => {
             let cancel = Arc::new(Cancel::default());

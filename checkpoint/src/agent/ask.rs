@@ -5,14 +5,19 @@
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rdma_virt::id::{PGid, PQpn, VGid, VQpn, Vpid};
+use rdma_virt::id::{MigrationId, PGid, PQpn, VGid, VQpn, Vpid};
 use rdma_virt::msg::{Answer, Ask, Hello, OLDEST, Role, VERSION};
 
+use super::connecting::Still;
 use super::metrics::{Door, Lookup, Reason};
 use super::{Agent, LOCAL, facts, lock, procs};
 use crate::moved;
+use crate::net::client::CallError;
 use crate::net::frame::{FrameError, SHIM};
-use crate::net::msg::{self, MovedProcess, Order, Resolved};
+use crate::net::msg::{self, MovedProcess, Order, Refusal, Resolved};
+
+/// Longest message of an application thread, bytes.
+const SHORT: usize = 4096;
 
 /// A caller says who it is and what it wants within this time.
 const FIRST_WORDS: Duration = Duration::from_secs(5);
@@ -20,8 +25,17 @@ const FIRST_WORDS: Duration = Duration::from_secs(5);
 /// Another agent's answer is waited for this long; an application thread stands in `ibv_modify_qp` meanwhile.
 const RESOLVE: Duration = Duration::from_secs(2);
 
+/// So long an application thread waits for a container that stands still; the pause of most is far shorter.
+const STILL: Duration = Duration::from_secs(25);
+
+/// First version of the shims' protocol with [`Answer::Later`].
+const UNDERSTANDS_LATER: u32 = 4;
+
 /// An agent that did not answer is not asked again for this long.
 const SILENCE: Duration = Duration::from_secs(30);
+
+/// So many of them are remembered.
+const SILENT: usize = 4096;
 
 /// A QP that got another number than the kernel's.
 #[derive(Clone, Debug)]
@@ -58,7 +72,7 @@ impl super::doors::Caller for Agent {
         let hello = match self.greet(container, pid, &mut stream) {
             Ok(hello) => hello,
             Err(no) => {
-                eprintln!("container {container}, pid {pid} on this host: {}", no.why);
+                self.complain(container, || format!("container {container}, pid {pid} on this host: {}", no.why));
                 no.reason.into_iter().for_each(|reason| self.rejected(reason));
                 return;
             }
@@ -69,10 +83,11 @@ impl super::doors::Caller for Agent {
                 Ok(end) => Err(end.into()),
                 Err(e) => Err(No { reason: None, why: format!("its control connection: {e}") }),
             },
-            Role::Ask => self.answer(container, hello.vpid, &mut stream).map_err(No::from),
+            Role::Ask => self.answer(container, &hello, &mut stream).map_err(No::from),
         };
         if let Err(no) = served {
-            eprintln!("container {container}, {} (pid {}): {}", hello.comm, hello.vpid.0, no.why);
+            let who = || format!("container {container}, {} (pid {}): {}", hello.comm, hello.vpid.0, no.why);
+            self.complain(container, who);
             no.reason.into_iter().for_each(|reason| self.rejected(reason));
         }
     }
@@ -105,7 +120,7 @@ impl Agent {
         let both = |e: std::io::Error| No { reason: None, why: e.to_string() };
         stream.set_read_timeout(Some(FIRST_WORDS)).map_err(both)?;
         stream.set_write_timeout(Some(FIRST_WORDS)).map_err(both)?;
-        let mut hello: Hello = SHIM.read(stream)?;
+        let mut hello: Hello = SHIM.at_most(SHORT).read(stream)?;
         if !(OLDEST..=VERSION).contains(&hello.version) {
             let spoken = if OLDEST == VERSION { VERSION.to_string() } else { format!("{OLDEST} to {VERSION}") };
             let why = format!("it speaks version {} of the protocol, this agent {spoken}", hello.version);
@@ -121,6 +136,13 @@ impl Agent {
         hello.comm.retain(|c| !c.is_control());
         hello.comm.truncate(hello.comm.char_indices().nth(32).map_or(hello.comm.len(), |(at, _)| at));
         Ok(hello)
+    }
+
+    /// Writes a line to the log, unless this container had its share.
+    fn complain(&self, container: &str, what: impl FnOnce() -> String) {
+        if let Some(line) = lock(&self.complaints).line(container, what) {
+            eprintln!("{line}");
+        }
     }
 
     /// A container whose runtime has not told its cgroup yet is known by the socket alone.
@@ -139,15 +161,15 @@ impl Agent {
         }
     }
 
-    fn answer(&self, container: &str, vpid: Vpid, stream: &mut UnixStream) -> Result<(), FrameError> {
-        let ask: Ask = SHIM.read(stream)?;
+    fn answer(&self, container: &str, hello: &Hello, stream: &mut UnixStream) -> Result<(), FrameError> {
+        let ask: Ask = SHIM.at_most(SHORT).read(stream)?;
         let answer = match ask {
-            Ask::RegisterQp { pqpn } => match self.register(container, vpid, pqpn) {
+            Ask::RegisterQp { pqpn } => match self.register(container, hello.vpid, pqpn) {
                 Ok(vqpn) => Answer::Registered { vqpn },
                 Err(e) => Answer::Failed { why: super::chain(&e) },
             },
             Ask::Resolve { vgid, vqpn } => {
-                let found = self.resolve(vgid, vqpn);
+                let found = self.resolve_patiently(vgid, vqpn, hello.version, stream)?;
                 self.metrics.lookup(Lookup::Resolve, found.is_some());
                 let identity = Resolved { pgid: PGid(vgid.0), pqpn: PQpn(vqpn.0), keys: Vec::new() };
                 let Resolved { pgid, pqpn, keys } = found.unwrap_or(identity);
@@ -165,24 +187,72 @@ impl Agent {
         Ok(vqpn)
     }
 
-    /// Where an end is that a local application knows as this pair; `None` if it never moved as far as anybody knows.
-    fn resolve(&self, vgid: VGid, vqpn: VQpn) -> Option<Resolved> {
-        if let Some(found) = self.resolve_here(vgid, vqpn) {
-            return Some(found);
+    /// As [`Agent::resolve`]. An end that stands still is asked for again until it does not, and the shim is told to
+    /// wait; one that is too old to understand that waits as long as it does for any answer.
+    fn resolve_patiently(
+        &self,
+        vgid: VGid,
+        vqpn: VQpn,
+        version: u32,
+        stream: &mut UnixStream,
+    ) -> Result<Option<Resolved>, FrameError> {
+        let until = Instant::now() + if version >= UNDERSTANDS_LATER { STILL } else { RESOLVE };
+        let mut told = Instant::now();
+        loop {
+            let by = match self.resolve(vgid, vqpn) {
+                Ok(found) => return Ok(found),
+                Err(by) => by,
+            };
+            if Instant::now() >= until {
+                eprintln!("{vqpn} of {vgid} is taken to be where it was: {by} did not end within {STILL:?}");
+                return Ok(None);
+            }
+            if version >= UNDERSTANDS_LATER && told.elapsed() > Duration::from_secs(1) {
+                SHIM.write(stream, &Answer::Later)?;
+                told = Instant::now();
+            }
+            std::thread::sleep(Duration::from_millis(100));
         }
-        let mut agents = vec![self.agent_of(PGid(vgid.0))];
-        agents.extend(self.moved.homes(vgid, vqpn));
-        agents.into_iter().filter(|at| at != LOCAL).find_map(|at| self.resolve_there(&at, vgid, vqpn))
+    }
+
+    /// Where an end is that a local application knows as this pair; `None` if it never moved as far as anybody knows. An
+    /// error names the migration it stands still for.
+    fn resolve(&self, vgid: VGid, vqpn: VQpn) -> Result<Option<Resolved>, MigrationId> {
+        let here = self.resolve_asked(vgid, vqpn, LOCAL, false).map_err(|still| still.by)?;
+        if here.is_some() {
+            return Ok(here);
+        }
+        match self.agent_of(PGid(vgid.0)) {
+            at if at == LOCAL => Ok(None),
+            at => self.resolve_there(&at, vgid, vqpn, None).map_err(|still| still.by),
+        }
     }
 
     /// What this agent knows by itself, or through the container's present home: answers [`Order::Resolve`].
-    pub fn resolve_for_other(&self, vgid: VGid, vqpn: VQpn) -> Option<Resolved> {
-        let found = self.resolve_here(vgid, vqpn).or_else(|| {
-            let homes = self.moved.homes(vgid, vqpn);
-            homes.into_iter().filter(|at| at != LOCAL).find_map(|at| self.resolve_there(&at, vgid, vqpn))
-        });
-        self.metrics.lookup(Lookup::ResolveForAgent, found.is_some());
-        found
+    pub fn resolve_for_other(
+        &self,
+        vgid: VGid,
+        vqpn: VQpn,
+        asker: &str,
+        passed_on: bool,
+    ) -> Result<Option<Resolved>, Refusal> {
+        let found = self.resolve_asked(vgid, vqpn, asker, passed_on);
+        self.metrics.lookup(Lookup::ResolveForAgent, matches!(found, Ok(Some(_))));
+        found.map_err(|Still { container, by }| Refusal::Busy { container, by })
+    }
+
+    /// The home is asked even where the answer is known: it has to know who is about to connect. A question is passed on
+    /// once, so that none goes in circles.
+    fn resolve_asked(&self, vgid: VGid, vqpn: VQpn, asker: &str, passed_on: bool) -> Result<Option<Resolved>, Still> {
+        lock(&self.connecting).ask((vgid, vqpn), asker)?;
+        let homes = if passed_on { Vec::new() } else { self.moved.homes(vgid, vqpn) };
+        for home in homes.iter().filter(|at| *at != LOCAL && *at != asker) {
+            let asker = (asker != LOCAL).then_some(asker);
+            if let Some(found) = self.resolve_there(home, vgid, vqpn, asker)? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(self.resolve_here(vgid, vqpn))
     }
 
     fn resolve_here(&self, vgid: VGid, vqpn: VQpn) -> Option<Resolved> {
@@ -193,18 +263,26 @@ impl Agent {
         place(&self.moved.all(), &known, vgid, facts::shown_gids)
     }
 
-    fn resolve_there(&self, at: &str, vgid: VGid, vqpn: VQpn) -> Option<Resolved> {
+    fn resolve_there(&self, at: &str, vgid: VGid, vqpn: VQpn, asker: Option<&str>) -> Result<Option<Resolved>, Still> {
         if lock(&self.silent).get(at).is_some_and(|until| Instant::now() < *until) {
-            return None;
+            return Ok(None);
         }
-        match self.client.call(at, None, Order::Resolve { vgid, vqpn }, RESOLVE) {
-            Ok(msg::Answer::Resolved(found)) => found,
-            Ok(_) => None,
+        let order = Order::Resolve { vgid, vqpn, asker: asker.map(str::to_owned) };
+        match self.client.call(at, None, order, RESOLVE) {
+            Ok(msg::Answer::Resolved(found)) => Ok(found),
+            Ok(_) => Ok(None),
+            Err(CallError::Refused { refusal: Refusal::Busy { container, by }, .. }) => Err(Still { container, by }),
             Err(e) => {
                 // Hosts without an agent are ordinary: their QPs are where they say.
                 eprintln!("where is {vqpn} of {vgid}? {}", super::chain(&e));
-                lock(&self.silent).insert(at.into(), Instant::now() + SILENCE);
-                None
+                let now = Instant::now();
+                let mut silent = lock(&self.silent);
+                // Containers choose whom we ask.
+                silent.retain(|_, until| *until > now);
+                if silent.len() < SILENT {
+                    silent.insert(at.into(), now + SILENCE);
+                }
+                Ok(None)
             }
         }
     }

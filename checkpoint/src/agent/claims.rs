@@ -87,6 +87,11 @@ impl Agent {
         self.tell_undone(&key);
     }
 
+    /// Whatever this container was before, it is another one now.
+    pub(crate) fn forget_undone(&self, container: &str) {
+        lock(&self.let_go).retain(|(name, _), _| name != container);
+    }
+
     fn tell_undone(&self, key: &(String, MigrationId)) {
         let (container, migration) = (&key.0, key.1);
         let Some(told) = lock(&self.let_go).get(key).map(|let_go| let_go.told.clone()) else { return };

@@ -31,6 +31,9 @@ pub const EPOCH: &str = "epoch";
 /// Open connections per container; one control connection per process, and short questions.
 const MOST: usize = 1024;
 
+/// Connections of one container that are accepted before those of the others.
+const TURN: usize = 64;
+
 /// Without any event, directories are looked through this often.
 const RESCAN: Duration = Duration::from_secs(2);
 
@@ -176,7 +179,8 @@ impl Doors {
 }
 
 fn accept(id: &str, door: &Door, caller: &Arc<dyn Caller>) {
-    loop {
+    // Then it is the others' turn.
+    for _ in 0..TURN {
         let stream = match door.listener.accept() {
             Ok((stream, _)) => stream,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,

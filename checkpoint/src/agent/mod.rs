@@ -6,9 +6,11 @@
 //! | [`doors`] | per container: a directory shared with it, a socket, an epoch |
 //! | [`shims`] | which shims are connected, and asking one |
 //! | [`ask`] | what application threads want to know |
+//! | [`connecting`] | connections in the making |
 //! | [`procs`] | which processes really use RDMA |
 //! | [`facts`] | what this host is, and whose agent a GID belongs to |
 //! | [`peer`] | this host as the host of a peer |
+//! | `complaints` | lines in the log about containers, not too many |
 //! | `claims` | what is held for other hosts, across restarts |
 //! | [`parking`] | peers that wait for an image to be restored |
 //! | [`sessions`] | containers of this host that were pre-dumped |
@@ -26,7 +28,9 @@
 pub mod admin;
 pub mod ask;
 mod claims;
+mod complaints;
 pub mod config;
+pub mod connecting;
 pub mod doors;
 pub mod exporter;
 pub mod facts;
@@ -132,11 +136,15 @@ pub struct Agent {
     claims: Mutex<HashMap<String, peer::Claim>>,
     /// Containers whose migration was undone just now.
     let_go: Mutex<claims::AllLetGo>,
+    /// When this agent was started.
+    pub began: Instant,
     /// Images whose peers here wait no longer.
     spent: Mutex<HashSet<MigrationId>>,
     cgroups: Mutex<HashMap<String, PathBuf>>,
     registered: Mutex<HashMap<VQpn, ask::Registered>>,
+    pub connecting: Mutex<connecting::Connecting>,
     silent: Mutex<HashMap<String, Instant>>,
+    complaints: Mutex<complaints::Complaints>,
     owners: Mutex<HashMap<PGid, String>>,
     /// Agents that called us, or that we called in a migration.
     pub met: Mutex<Vec<String>>,
@@ -177,10 +185,13 @@ impl Agent {
             sessions: sessions::Sessions::default(),
             claims: Mutex::default(),
             let_go: Mutex::default(),
+            began: Instant::now(),
             spent: Mutex::default(),
             cgroups: Mutex::default(),
             registered: Mutex::default(),
+            connecting: Mutex::default(),
             silent: Mutex::default(),
+            complaints: Mutex::default(),
             owners: Mutex::default(),
             met: Mutex::default(),
         }))
@@ -272,7 +283,13 @@ impl Agent {
     ) -> Result<Answer, Refusal> {
         match &order {
             Order::Describe => return Ok(Answer::Host(self.describe())),
-            Order::Resolve { vgid, vqpn } => return Ok(Answer::Resolved(self.resolve_for_other(*vgid, *vqpn))),
+            Order::Resolve { vgid, vqpn, asker } => {
+                let caller = from.map(|from| SocketAddr::new(from.ip(), self.config.port()).to_string());
+                let passed_on = asker.is_some();
+                let asker = asker.clone().or(caller).unwrap_or(LOCAL.into());
+                return self.resolve_for_other(*vgid, *vqpn, &asker, passed_on).map(Answer::Resolved);
+            }
+            Order::Connected { vgid, vqpn } => return Ok(Answer::Connected(self.connected_to(*vgid, *vqpn))),
             Order::Has { process } if !is_plain_name(&process.container) => return Ok(Answer::Has(false)),
             Order::Has { process } => return Ok(Answer::Has(self.has(&process.container, process))),
             _ => {}
@@ -280,7 +297,9 @@ impl Agent {
         let name = order.name();
         let id = migration.ok_or_else(|| Refusal::Failed(format!("{name} belongs to a migration, but names none")))?;
         match order {
-            Order::Describe | Order::Resolve { .. } | Order::Has { .. } => unreachable!("answered above"),
+            Order::Describe | Order::Resolve { .. } | Order::Connected { .. } | Order::Has { .. } => {
+                unreachable!("answered above")
+            }
             Order::Moved(mut news) => {
                 // Who restored a container itself need not know how others call it.
                 for process in news.iter_mut().filter(|p| p.at == LOCAL) {

@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::{MigrationId, Vpid};
@@ -77,6 +77,26 @@ pub struct Shim {
     /// QPs that were told to hold their sends.
     suspended: AtomicUsize,
     under_way: Arc<UnderWay>,
+    known_as: Arc<KnownAs>,
+}
+
+/// What shims know a migration as, where that is not its own name: a copy of a container remembers the series of images
+/// it was made in, and what is done with the copy is another matter for everybody else.
+#[derive(Debug, Default)]
+pub struct KnownAs(Mutex<BTreeMap<MigrationId, MigrationId>>);
+
+impl KnownAs {
+    pub fn insert(&self, migration: MigrationId, name: MigrationId) {
+        lock(&self.0).insert(migration, name);
+    }
+
+    pub fn remove(&self, migration: MigrationId) {
+        lock(&self.0).remove(&migration);
+    }
+
+    fn of(&self, migration: MigrationId) -> MigrationId {
+        lock(&self.0).get(&migration).copied().unwrap_or(migration)
+    }
 }
 
 impl std::fmt::Debug for Shim {
@@ -115,6 +135,7 @@ impl Shim {
             w.slots.insert(seq, tx);
             seq
         };
+        let migration = migration.map(|id| self.known_as.of(id));
         let written = SHIM.write(&mut *lock(&self.writer), &ToShim { seq, migration, request });
         if let Err(e) = written {
             lock(&self.waiting).slots.remove(&seq);
@@ -169,9 +190,9 @@ impl Shim {
     }
 
     /// Hands replies out until the connection ends; how it did.
-    fn read(&self, mut stream: UnixStream) -> FrameError {
+    fn read(&self, mut stream: UnixStream, large: &Mutex<()>) -> FrameError {
         let end = loop {
-            match SHIM.read::<FromShim>(&mut stream) {
+            match SHIM.read_when::<FromShim, _>(&mut stream, |len| (len > LARGE).then(|| lock(large))) {
                 Ok(FromShim { seq, reply }) => {
                     if let Some(slot) = lock(&self.waiting).slots.remove(&seq) {
                         // Whoever waited may have given up this instant.
@@ -198,8 +219,15 @@ impl Shim {
 pub struct Shims {
     all: Mutex<BTreeMap<String, BTreeMap<Vpid, Arc<Shim>>>>,
     changed: Condvar,
+    /// Per container: only one of its processes has a large message read at a time. A container that sends many, or does
+    /// not finish one, keeps itself from being heard and takes little memory.
+    large: Mutex<BTreeMap<String, Weak<Mutex<()>>>>,
     under_way: Arc<UnderWay>,
+    pub known_as: Arc<KnownAs>,
 }
+
+/// Larger messages of a container are read one after the other, bytes.
+const LARGE: usize = 256 << 10;
 
 impl Shims {
     /// Questions to them are put on this list.
@@ -229,13 +257,14 @@ impl Shims {
             waiting: Mutex::new(Waiting { seq: 0, slots: HashMap::new(), ended: None }),
             suspended: AtomicUsize::new(0),
             under_way: self.under_way.clone(),
+            known_as: self.known_as.clone(),
         });
         let before = lock(&self.all).entry(container.into()).or_default().insert(vpid, shim.clone());
         if let Some(before) = before {
             before.close();
         }
         self.changed.notify_all();
-        let end = shim.read(reader);
+        let end = shim.read(reader, &self.large(container));
         let mut all = lock(&self.all);
         if let Some(of) = all.get_mut(container) {
             if of.get(&vpid).is_some_and(|now| Arc::ptr_eq(now, &shim)) {
@@ -248,6 +277,17 @@ impl Shims {
         drop(all);
         self.changed.notify_all();
         Ok(end)
+    }
+
+    fn large(&self, container: &str) -> Arc<Mutex<()>> {
+        let mut all = lock(&self.large);
+        all.retain(|_, held| held.strong_count() > 0);
+        if let Some(held) = all.get(container).and_then(Weak::upgrade) {
+            return held;
+        }
+        let held = Arc::default();
+        all.insert(container.to_owned(), Arc::downgrade(&held));
+        held
     }
 
     /// Those of one container, by pid.
@@ -361,6 +401,40 @@ mod tests {
         let drain = Request::Drain { expect: Vec::new(), deadline_ms: 1 };
         assert_eq!(answer(drain, Reply::Drained), (vec![format!("{who} drain")], 2));
         assert_eq!(answer(Request::Resume, Reply::GoesOn { held: 0 }), (vec![format!("{who} resume")], 0));
+    }
+
+    #[test]
+    fn a_large_message_that_is_not_finished_holds_up_its_own_container_only() {
+        let shims = Arc::new(Shims::default());
+        let serve = |container: &'static str, vpid| {
+            let (agent, shim) = UnixStream::pair().unwrap();
+            let registry = shims.clone();
+            thread::spawn(move || drop(registry.serve(container, Vpid(vpid), "app", 1, agent).unwrap()));
+            shims.wait_for(container, &[Vpid(vpid)], SOON).unwrap();
+            shim
+        };
+        let large = |end: &mut UnixStream, seq| {
+            let why = "x".repeat(LARGE + 1);
+            SHIM.write(end, &FromShim { seq, reply: Reply::Refused { why } })
+        };
+        let (mut slow, mut own, mut other) = (serve("c", 1), serve("c", 2), serve("d", 1));
+        let header = [&rdma_virt::msg::MAGIC[..], &(16_u32 << 20).to_le_bytes()].concat();
+        std::io::Write::write_all(&mut slow, &header).unwrap();
+        let ask = |container, vpid, time| {
+            let shim = shims.get(container, Vpid(vpid)).unwrap();
+            thread::spawn(move || shim.ask(None, Request::Resume, time))
+        };
+        thread::sleep(Duration::from_millis(100));
+        let asked = ask("d", 1, SOON);
+        let to: ToShim = SHIM.read(&mut other).unwrap();
+        large(&mut other, to.seq).unwrap();
+        assert!(!matches!(asked.join().unwrap(), Err(ShimError::Deadline { .. })), "another container is heard");
+        let asked = ask("c", 2, Duration::from_millis(300));
+        let to: ToShim = SHIM.read(&mut own).unwrap();
+        let writing = thread::spawn(move || (large(&mut own, to.seq).is_ok(), own));
+        assert!(matches!(asked.join().unwrap(), Err(ShimError::Deadline { .. })), "its own waits");
+        drop(slow);
+        assert!(writing.join().unwrap().0, "until it goes");
     }
 
     #[test]

@@ -22,6 +22,8 @@ const MAX_ANSWER: usize = 256 * 1024;
 /// Where programs are looked for when the caller's PATH is poor: engines start
 /// runtimes with next to no environment, and CRIU itself runs iptables and tar.
 const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// How soon it is noticed that CRIU is no more.
+const ALIVE: Duration = Duration::from_millis(500);
 /// How long CRIU may take to go once it was told to or has answered.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -185,7 +187,7 @@ impl<'a> Criu<'a> {
             child.kill();
             return Err(CriuError::Placement(why));
         }
-        let outcome = self.converse(op, &ours, &req, notify);
+        let outcome = self.converse(op, &ours, &mut child, &req, notify);
         let refused = match &outcome {
             Ok(conversation) => conversation.refused.clone(),
             Err(_) => None,
@@ -219,6 +221,7 @@ impl<'a> Criu<'a> {
         &self,
         op: &'static str,
         socket: &OwnedFd,
+        child: &mut Child,
         req: &Criu_req,
         notify: &mut dyn FnMut(Notify) -> Verdict,
     ) -> Result<Conversation> {
@@ -230,7 +233,7 @@ impl<'a> Criu<'a> {
             }
         }
         loop {
-            let Some((answer, fd)) = self.hear(op, socket)? else {
+            let Some((answer, fd)) = self.hear(op, socket, child)? else {
                 return Ok(Conversation { answer: None, refused });
             };
             if answer.type_() != Criu_req_type::NOTIFY {
@@ -257,18 +260,28 @@ impl<'a> Criu<'a> {
         }
     }
 
-    /// The next message, or `None` when CRIU has closed its end.
-    fn hear(&self, op: &'static str, socket: &OwnedFd) -> Result<Option<(Criu_resp, Option<OwnedFd>)>> {
+    /// The next message, or `None` when CRIU has closed its end or is no more: tasks it was restoring may hold that end,
+    /// too.
+    fn hear(
+        &self,
+        op: &'static str,
+        socket: &OwnedFd,
+        child: &mut Child,
+    ) -> Result<Option<(Criu_resp, Option<OwnedFd>)>> {
         let end = Instant::now() + self.deadline;
+        let mut ended = false;
         loop {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(CriuError::Deadline { op, after: self.deadline });
             }
-            let timeout = PollTimeout::try_from(left.min(Duration::from_secs(60))).unwrap_or(PollTimeout::MAX);
+            let timeout = PollTimeout::try_from(left.min(ALIVE)).unwrap_or(PollTimeout::MAX);
             let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
             match poll(&mut fds, timeout) {
-                Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
+                // What it said before its end has been read by now.
+                Ok(0) if ended => return Ok(None),
+                Ok(0) => ended = child.ended().unwrap_or(true),
+                Err(nix::errno::Errno::EINTR) => {}
                 Ok(_) => break,
                 Err(err) => return Err(io_error("waiting for CRIU", err.into())),
             }

@@ -17,6 +17,7 @@ use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob
 use super::world::{OwnShim, World};
 use crate::agent::admin::Event;
 use crate::agent::config::Config;
+use crate::agent::connecting::End;
 use crate::agent::metrics::Metrics;
 use crate::agent::procs::Process;
 use crate::agent::shims::ShimError;
@@ -137,6 +138,9 @@ impl Host for HandHost {
     }
     fn drop_memory_files(&self, id: &str) {
         self.host.drop_memory_files(id);
+    }
+    fn remove_broken_off(&self, id: &str, images: &Path) -> Result<()> {
+        self.host.remove_broken_off(id, images)
     }
     fn incubate(&self, id: &str, bundle: &Path, socket: &Path) -> Result<Box<dyn Nursery>> {
         self.host.incubate(id, bundle, socket)
@@ -259,6 +263,9 @@ impl World for ByHand<'_> {
     ) -> std::result::Result<Reply, ShimError> {
         World::shim(self.agent, container, vpid, migration, request, deadline)
     }
+    fn is_young(&self) -> bool {
+        World::is_young(self.agent)
+    }
     fn reconnected(&self, container: &str, vpids: &[Vpid], deadline: Duration) -> std::result::Result<(), Vec<Vpid>> {
         World::reconnected(self.agent, container, vpids, deadline)
     }
@@ -276,6 +283,9 @@ impl World for ByHand<'_> {
     }
     fn let_go(&self, migration: MigrationId) {
         World::let_go(self.agent, migration);
+    }
+    fn half_open(&self, migration: MigrationId, container: &str, ends: &[End], hold: bool) -> Option<String> {
+        World::half_open(self.agent, migration, container, ends, hold)
     }
     fn lease(&self, container: &str) -> std::result::Result<Lease, String> {
         World::lease(self.agent, container)

@@ -410,7 +410,10 @@ impl Arrival {
         };
         let held = match &self.by_hand {
             Some(ByHand::Restore(clerk)) => super::by_hand::restore(clerk, &job),
-            _ => agent.host.restore(&job),
+            _ => {
+                prepared::begins(store.dir(), container)?;
+                agent.host.restore(&job)
+            }
         };
         let held = held.map_err(|e| format!("restoring the container: {e}"));
         let missing = match (nursery.as_mut(), &held) {

@@ -115,6 +115,9 @@ impl Host for IdleHost {
         never()
     }
     fn drop_memory_files(&self, _: &str) {}
+    fn remove_broken_off(&self, _: &str, _: &Path) -> Result<()> {
+        Ok(())
+    }
     fn incubate(&self, _: &str, _: &Path, _: &Path) -> Result<Box<dyn Nursery>> {
         never()
     }

@@ -34,6 +34,7 @@
 //! | [`host`] | what is needed of the host and its container runtime |
 //! | [`plan`] | which QP is connected to which, and what that asks of everybody: pure |
 //! | [`source`] | the list of phases, and the one epilogue that undoes |
+//! | [`attempts`] | how often, and when again |
 //! | [`negotiate`] | whether it can be done, as the source sees it |
 //! | `copy`, `landing` | the bundle, where it has to be sent along: source and destination |
 //! | [`check`] | whether it can be done, as the destination sees it |
@@ -56,6 +57,7 @@
 //! | [`recover`] | what an agent does about migrations it finds when it starts |
 
 pub mod arrivals;
+pub mod attempts;
 pub mod by_hand;
 pub mod check;
 mod copy;

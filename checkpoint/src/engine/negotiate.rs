@@ -2,15 +2,17 @@
 //! reason against it, not only the first.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::thread;
 use std::time::Duration;
 
-use rdma_virt::id::{PGid, Vpid};
+use rdma_virt::id::{PGid, VGid, Vpid};
 use rdma_virt::msg::{Reply, Request};
-use rdma_virt::saved::ProcessState;
+use rdma_virt::saved::{ProcessState, QpPhase, QpState};
 
 use super::source::{Run, Side, Stop};
+use crate::agent::connecting::End;
 use crate::agent::procs::Process;
 use crate::agent::{LOCAL, facts};
 use crate::net::msg::{Answer, FarEnd, Offer, OfferedProcess, Order};
@@ -56,7 +58,26 @@ impl Run<'_> {
             reasons.extend(self.choose_hand_over());
         }
         reasons.extend(self.find_peers()?);
+        self.no_handshake(false)?;
         Ok(reasons)
+    }
+
+    /// None of the container's unconnected QPs may have a far end that is connected to it: that one would not be known,
+    /// and stay behind. With `hold`, who wants to connect from now on waits.
+    pub(super) fn no_handshake(&self, hold: bool) -> Result<(), Stop> {
+        let contexts = self.states.iter().flat_map(|s| &s.contexts);
+        let open = |qp: &&QpState| qp.remote.is_none() && matches!(qp.phase, QpPhase::Reset | QpPhase::Init);
+        let ends: Vec<End> = contexts
+            .flat_map(|c| {
+                let vgids: BTreeSet<VGid> = c.gids.iter().map(|g| g.gid).collect();
+                let qps = c.qps.iter().filter(open);
+                qps.flat_map(move |qp| vgids.clone().into_iter().map(|vgid| (vgid, qp.vqpn)))
+            })
+            .collect();
+        match self.world.half_open(self.id, &self.request.container, &ends, hold) {
+            None => Ok(()),
+            Some(who) => Err(Stop::HalfOpen(format!("a connection is in the making: {who}"))),
+        }
     }
 
     /// A container that somebody paused first runs while it is asked and drained; it is frozen again before the dump.
@@ -76,9 +97,16 @@ impl Run<'_> {
 
     /// Asks every shim, and compares with what the kernel says.
     fn look_at_processes(&mut self) -> Result<Vec<String>, Stop> {
-        let processes = self.list_processes()?;
-        let shims = self.world.shims(&self.request.container);
-        let mut reasons = speak_against(&processes, &shims.iter().map(|s| s.vpid.0).collect::<Vec<_>>());
+        let (shims, mut reasons) = loop {
+            let processes = self.list_processes()?;
+            let shims = self.world.shims(&self.request.container);
+            let reasons = speak_against(&processes, &shims.iter().map(|s| s.vpid.0).collect::<Vec<_>>());
+            if reasons.is_empty() || !self.world.is_young() {
+                break (shims, reasons);
+            }
+            self.wanted()?;
+            thread::sleep(Duration::from_millis(300));
+        };
         reasons.extend(self.lost()?);
         self.pids = shims.iter().map(|s| (s.vpid, s.pid)).collect();
         let (states, silent) = self.reports(shims.iter().map(|s| s.vpid).collect());
@@ -153,6 +181,13 @@ impl Run<'_> {
             };
             for (i, end) in at.into_iter().zip(ends) {
                 match end {
+                    FarEnd::Shim(end) if !end.connected && !self.takes_half_open => {
+                        return Err(Stop::HalfOpen(format!(
+                            "a connection is in the making: {} is connected to {}, but {} (pid {} of container {} at \
+                             {agent}) has not connected that one yet",
+                            self.plan.links[i].near_vqpn, end.vqpn, end.comm, end.vpid.0, end.container
+                        )));
+                    }
                     FarEnd::Shim(end) => self.plan.found(i, &agent, &end),
                     FarEnd::Gone => {}
                     FarEnd::Foreign(who) => {

@@ -17,11 +17,12 @@ use rdma_virt::id::{MigrationId, PGid, Vpid};
 use rdma_virt::saved::ProcessState;
 use serde::{Deserialize, Serialize};
 
+use super::attempts::{Attempts, SOON};
 use super::by_hand::{ByHand, Clerk};
 use super::handover::Dump;
 use super::host::{DumpJob, PreDumpJob};
 use super::plan::Plan;
-use super::source::{Attempts, End, Run, Stop};
+use super::source::{End, Run, Stop};
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
@@ -117,6 +118,7 @@ fn attempts(
         run.record.kind = Kind::Checkpoint;
         run.plan = session.plan.clone();
         run.effects.claimed = session.claimed.clone();
+        run.takes_half_open = attempts.took() > SOON;
         let ended = run.park(request, session);
         if matches!(ended, Ok(true)) {
             run.undo("nothing of RDMA is in use");
@@ -140,7 +142,7 @@ impl Run<'_> {
         }
         let mut plain = false;
         self.phase(Phase::Negotiate, |run| {
-            plain = run.look_before_disk(request)?;
+            plain = run.look_before_disk()?;
             Ok(())
         })?;
         if plain {
@@ -164,24 +166,23 @@ impl Run<'_> {
         self.phase(Phase::Suspend, Self::suspend)?;
         self.phase(Phase::WaitBeforeStop, Self::drain)?;
         self.phase(Phase::Freeze, Self::freeze)?;
-        self.phase(Phase::Dump, |run| run.dump_to(&request.images, session)).inspect_err(|_| spoil(&request.images))?;
+        let left_running = request.leave_running;
+        self.phase(Phase::Dump, |run| run.dump_to(&request.images, session, left_running))
+            .inspect_err(|_| spoil(&request.images))?;
+        if left_running {
+            self.phase(Phase::Resume, Self::go_on_here).inspect_err(|_| spoil(&request.images))?;
+            return Ok(false);
+        }
         self.phase(Phase::Commit, |run| run.leave_for_disk(session)).inspect_err(|_| spoil(&request.images))?;
         self.phase(Phase::Finish, Self::finish_on_disk)?;
         Ok(false)
     }
 
     /// True if there is nothing of RDMA.
-    fn look_before_disk(&mut self, request: &CheckpointRequest) -> Result<bool, Stop> {
+    fn look_before_disk(&mut self) -> Result<bool, Stop> {
         let mut reasons = self.look_around()?;
         if self.states.is_empty() && reasons.is_empty() {
             return Ok(true);
-        }
-        if request.leave_running {
-            reasons.push(format!(
-                "container {} uses RDMA, and its peers can go on with one of it only: --leave-running is not possible; \
-                 checkpoint it without, and restore it here",
-                request.container
-            ));
         }
         reasons.extend(self.world.host().tools());
         if reasons.is_empty() { Ok(false) } else { Err(Stop::Refused(reasons)) }
@@ -191,7 +192,7 @@ impl Run<'_> {
         let container = self.container()?.clone();
         let job = PreDumpJob { images: images.into(), work: images.into(), parent: None };
         self.world.host().pre_dump(&container, &job).map_err(|e| Stop::Failed(e.to_string()))?;
-        self.write_image(images, session, false)?;
+        self.write_image(images, session, Kept::PreDump)?;
         if container.paused {
             // As it was found.
             self.world.host().freeze(&container).map_err(|e| Stop::Failed(e.to_string()))?;
@@ -204,12 +205,12 @@ impl Run<'_> {
     }
 
     /// Our own image first: the plugin in CRIU reads it.
-    fn dump_to(&mut self, images: &Path, session: &Session) -> Result<(), Stop> {
-        self.write_image(images, session, true)?;
+    fn dump_to(&mut self, images: &Path, session: &Session, left_running: bool) -> Result<(), Stop> {
+        self.write_image(images, session, if left_running { Kept::LeftRunning } else { Kept::Whole })?;
         self.hold_dump(DumpJob { images: images.into(), work: images.into(), parent: None })
     }
 
-    fn write_image(&self, images: &Path, session: &Session, whole: bool) -> Result<(), Stop> {
+    fn write_image(&self, images: &Path, session: &Session, kept: Kept) -> Result<(), Stop> {
         let plan = serde_json::to_vec(&self.plan.bare());
         let plan = plan.map_err(|e| Stop::Failed(format!("the plan cannot be written down: {e}")))?;
         let mut image = self.rdma_image();
@@ -218,11 +219,23 @@ impl Run<'_> {
         image.session = Some(ImagedSession {
             migration: self.id,
             source: own_address(self.world.config().port()),
-            whole,
+            whole: kept != Kept::PreDump,
+            left_running: kept == Kept::LeftRunning,
             lease: (self.lease.first, self.lease.count),
             plan,
         });
         image::write(images, &image).map_err(|e| Stop::Failed(chain(&e)))
+    }
+
+    /// The image is complete, and the container goes on with its peers as if nothing had been.
+    fn go_on_here(&mut self) -> Result<(), Stop> {
+        if let Some(dump) = self.effects.dump.take() {
+            dump.accept().map_err(Stop::Failed)?;
+        }
+        for left in self.undo("it was left running") {
+            self.note(left);
+        }
+        Ok(())
     }
 
     /// The point of no return: from the record on the container is the image.
@@ -259,6 +272,17 @@ impl Run<'_> {
         self.world.let_go(self.id);
         close(self.world, &mut self.record)
     }
+}
+
+/// What an image on disk is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    /// A partial restore.
+    PreDump,
+    /// The container is in it, and nowhere else.
+    Whole,
+    /// A copy of a container that went on.
+    LeftRunning,
 }
 
 fn close(world: &dyn World, record: &mut Record) -> Result<(), Stop> {

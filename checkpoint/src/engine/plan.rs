@@ -166,6 +166,22 @@ impl Plan {
         Plan { links: self.links.iter().map(link).collect(), ..Plan::default() }
     }
 
+    /// Forgets every link that leads out of the container, and says so in the states: these QPs are not connected any more.
+    pub fn sever<'s>(&mut self, states: impl Iterator<Item = &'s mut ProcessState>) {
+        self.links.retain(|l| matches!(l.far, Far::Inside(_)));
+        let inside: Vec<QpKey> = self.links.iter().map(|l| l.near).collect();
+        for state in states {
+            let vpid = state.vpid;
+            for context in &mut state.contexts {
+                let id = context.id;
+                let outside = |q: &&mut QpState| !inside.contains(&QpKey { vpid, context: id, qp: q.id });
+                for qp in context.qps.iter_mut().filter(|q| is_connected(q)).filter(outside) {
+                    (qp.phase, qp.remote) = (QpPhase::Init, None);
+                }
+            }
+        }
+    }
+
     /// Names the peers' agents as they are called from another host.
     pub fn relocate(&mut self, agent_of: impl Fn(PGid) -> String) {
         for link in &mut self.links {

@@ -125,3 +125,25 @@ fn every_end_waits_for_what_the_other_has_sent() {
     assert_eq!(e.near[&Vpid(7)], vec![(VQpn(17), 3), (VQpn(18), 0)]);
     assert_eq!(e.far[&peer], vec![(VQpn(30), 5)]);
 }
+
+#[test]
+fn a_copy_keeps_its_links_inside_and_loses_those_that_lead_out() {
+    let mut there = qp(3, 40, Some(41));
+    let mut back = qp(4, 41, Some(40));
+    for qp in [&mut there, &mut back] {
+        let remote = qp.remote.as_mut().unwrap();
+        (remote.vgid, remote.pgid) = (VGid(SRC), PGid(SRC));
+    }
+    let mut states = vec![process(7, vec![qp(1, 17, Some(30)), qp(2, 18, None), there, back])];
+    let mut plan = Plan::default();
+    plan.update(&states, here, psn());
+    plan.found(0, "peer:1", &end(30, true));
+    plan.sever(states.iter_mut());
+    let near: Vec<ObjId> = plan.links.iter().map(|l| l.near.qp).collect();
+    assert_eq!(near, [ObjId(3), ObjId(4)]);
+    assert!(plan.peers().is_empty());
+    let phases: Vec<(QpPhase, bool)> =
+        states[0].contexts[0].qps.iter().map(|q| (q.phase, q.remote.is_some())).collect();
+    let (init, rts) = ((QpPhase::Init, false), (QpPhase::Rts, true));
+    assert_eq!(phases, [init, init, rts, rts]);
+}

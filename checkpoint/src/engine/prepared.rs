@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::dest::{Arrival, Entry, State};
 use super::host::{Held, HostError};
 use super::store::Store;
-use crate::agent::{Agent, chain, lock};
+use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
 use crate::net::msg::Offer;
 use crate::record::{read_json, replace_json_unflushed};
@@ -36,12 +36,28 @@ use crate::record::{read_json, replace_json_unflushed};
 const NOTE: &str = "prepared.json";
 /// Name of the monitor's socket there.
 const DOOR: &str = "door.sock";
+/// Name of the file with the id of the container that is being restored: there is no note before that is done.
+const BEGUN: &str = "restores";
 /// Version of the note's format.
 const VERSION: u32 = 1;
 
 /// Where the monitor of an image in `dir` waits.
 pub(super) fn door(dir: &Path) -> std::path::PathBuf {
     dir.join(DOOR)
+}
+
+/// A restore of this container from the image in `dir` begins.
+pub(super) fn begins(dir: &Path, container: &str) -> Result<(), String> {
+    let path = dir.join(BEGUN);
+    fs::write(&path, container).map_err(|e| format!("cannot write {}: {e}", path.display()))
+}
+
+/// What a restore left that ended together with its monitor.
+fn remove_broken_off(agent: &Agent, dir: &Path) {
+    let Some(container) = fs::read_to_string(dir.join(BEGUN)).ok().filter(|id| is_plain_name(id)) else { return };
+    if let Err(e) = agent.host.remove_broken_off(&container, &Store::again(dir.to_owned()).images()) {
+        eprintln!("container {container}, whose restore broke off: {e}");
+    }
 }
 
 /// How far a container has come that arrived.
@@ -139,6 +155,7 @@ pub fn take_up(agent: &Agent) {
                 {
                     eprintln!("{}: removing what was restored: {e}", path.display());
                 }
+                remove_broken_off(agent, &path);
                 super::dest::remove_dir(path);
             }
         }

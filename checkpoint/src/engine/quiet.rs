@@ -128,6 +128,8 @@ impl Run<'_> {
                 )));
             }
         }
+        // Nothing is connected any more by itself: verbs of the control path wait.
+        self.no_handshake(true)?;
         // A connection that is still open when the tasks stop is one that leads out of the container: CRIU refuses it.
         let vpids: Vec<Vpid> = self.states.iter().map(|s| s.vpid).collect();
         self.world.disconnected(&self.request.container, &vpids, self.answer_time()).map_err(|there| {

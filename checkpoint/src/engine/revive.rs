@@ -27,7 +27,7 @@ use crate::agent::admin::Event;
 use crate::agent::metrics::{Operation, Outcome};
 use crate::agent::under_way::Role;
 use crate::agent::{Agent, LOCAL, chain, is_plain_name, lock};
-use crate::image::{self, RdmaImage};
+use crate::image::{self, HandOver, RdmaImage};
 use crate::net::msg::{Answer, Fate, Lease, Offer, Order};
 use crate::phase::Phase;
 use crate::record::{Kind, Record, State};
@@ -43,6 +43,9 @@ pub struct RestoreRequest {
     /// Both absolute.
     pub images: PathBuf,
     pub bundle: PathBuf,
+    /// Without its peers, whether or not they wait: connections that lead out of the container are broken.
+    #[serde(default)]
+    pub disconnected: bool,
 }
 
 /// How a container that comes from files differs from one that another host sends.
@@ -67,9 +70,13 @@ impl Arrival {
 struct Found {
     image: RdmaImage,
     id: MigrationId,
+    /// As the container's shims know it.
+    series: MigrationId,
     /// Address of the agent of the host it came from.
     origin: String,
     whole: bool,
+    /// Nobody waits for it.
+    alone: bool,
     lease: Lease,
     plan: Plan,
 }
@@ -90,8 +97,21 @@ fn look(agent: &Agent, request: &RestoreRequest) -> Result<Found, String> {
     plan = plan.bare();
     plan.relocate(|gid| agent.agent_of(gid));
     let (first, count) = session.lease;
+    let alone = session.left_running || request.disconnected;
+    let series = session.migration;
+    let mut id = series;
+    if alone {
+        if image.hand_over == HandOver::Rebuild {
+            return Err(format!("{images}: without its peers only what was made by an incubator can be restored"));
+        }
+        plan.sever(image.processes.iter_mut().map(|p| &mut p.state));
+        // Whatever else was, or will be, made of this image is another matter.
+        id = MigrationId(super::forward::random());
+    }
     Ok(Found {
-        id: session.migration,
+        id,
+        series,
+        alone,
         origin: session.source,
         whole: session.whole,
         lease: Lease { first, count },
@@ -273,8 +293,13 @@ pub fn restore(
             };
             if free {
                 let seen = agent.under_way.begin(id, &request.container, Role::Destination, "an image");
+                if found.alone {
+                    agent.shims.known_as.insert(id, found.series);
+                    agent.forget_undone(&request.container);
+                }
                 let end = try_restore(agent, request, &found, cancel, clerk, progress);
                 drop(seen);
+                agent.shims.known_as.remove(id);
                 lock(&agent.running).remove(&id);
                 end
             } else {
@@ -365,7 +390,9 @@ impl Run<'_> {
             Stop::Busy { by, text }
         })?;
         self.effects.held = true;
-        self.unpark(found)?;
+        if !found.alone {
+            self.unpark(found)?;
+        }
         let prepared = waiting(agent, name);
         // From here on there is something to abandon.
         self.effects.offered = true;

@@ -8,14 +8,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rdma_virt::id::{MigrationId, Vpid};
 use rdma_virt::msg::{Reply, Request};
 use rdma_virt::saved::ProcessState;
 
+use super::attempts::Again;
 use super::copy::Copied;
 use super::handover::Dump;
 use super::host::{Container, Wire};
@@ -26,20 +26,16 @@ use super::shipping::Sent;
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
-use crate::agent::config::Config;
+use crate::agent::chain;
 use crate::agent::metrics::Outcome;
 use crate::agent::shims::ShimError;
-use crate::agent::under_way::{Role, Seen, Stage, UnderWay};
-use crate::agent::{Agent, chain, lock};
+use crate::agent::under_way::{Role, Seen, Stage};
 use crate::image::HandOver;
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, DeviceFacts, Lease, Order, Refusal};
 use crate::phase::Phase;
 use crate::record::{Record, State};
 use crate::timeline::{Summary, Timeline};
-
-/// Attempts, when each time another process ended.
-const WITHOUT: u32 = 5;
 
 /// Why the list of phases ended early.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +49,8 @@ pub enum Stop {
     },
     /// A process that takes part has ended, or has lost its shim.
     Absent(String),
+    /// A connection is in the making, known to its far end only.
+    HalfOpen(String),
     Failed(String),
 }
 
@@ -60,7 +58,9 @@ impl std::fmt::Display for Stop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Stop::Refused(reasons) => f.write_str(&reasons.join("; ")),
-            Stop::Busy { text, .. } | Stop::Absent(text) | Stop::Failed(text) => f.write_str(text),
+            Stop::Busy { text, .. } | Stop::Absent(text) | Stop::HalfOpen(text) | Stop::Failed(text) => {
+                f.write_str(text)
+            }
         }
     }
 }
@@ -95,15 +95,6 @@ pub enum End {
     Unfinished { phase: Phase, why: String },
 }
 
-/// Why another attempt may succeed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Again {
-    /// Another migration holds somebody, and will be over.
-    Busy(MigrationId),
-    /// A process that took part has ended; the next attempt does without it.
-    Ended,
-}
-
 impl End {
     /// As it is counted; a dry run is not.
     pub(super) fn outcome(&self) -> Option<Outcome> {
@@ -111,7 +102,7 @@ impl End {
             End::Done(_) => Some(Outcome::Finished),
             End::Refused(_) => Some(Outcome::Refused),
             End::Possible => None,
-            End::Undone { again: Some(Again::Busy(_)), .. } => Some(Outcome::Busy),
+            End::Undone { again: Some(Again::Busy(_) | Again::HalfOpen), .. } => Some(Outcome::Busy),
             End::Undone { .. } => Some(Outcome::Undone),
             End::Unfinished { .. } => Some(Outcome::Unfinished),
         }
@@ -176,6 +167,8 @@ pub struct Run<'a> {
     pub(super) pids: BTreeMap<Vpid, i32>,
     /// Whose agents GIDs belong to, as far as it was asked.
     pub(super) homes: BTreeMap<[u8; 16], String>,
+    /// A link whose far end is not connected to it is kept as it is.
+    pub(super) takes_half_open: bool,
     /// This host's RDMA devices, looked up before the pause: a look opens them.
     pub(super) devices: Vec<DeviceFacts>,
     pub(super) plan: Plan,
@@ -220,87 +213,6 @@ impl From<End> for Event {
     }
 }
 
-/// Runs a migration for an administrator, with as many attempts as it takes to get past other migrations.
-pub fn migrate(agent: &Arc<Agent>, request: &MigrateRequest, cancel: &Arc<Cancel>, progress: &dyn Progress) {
-    let id = MigrationId(super::forward::random());
-    let (container, to) = (request.container.clone(), request.to.clone());
-    let seen = agent.under_way.begin(id, &container, Role::Source, &to);
-    progress.event(Event::Begin { id: id.to_string(), container, to });
-    lock(&agent.running).insert(id, cancel.clone());
-    let end = attempts(&**agent, id, request, cancel, progress);
-    lock(&agent.running).remove(&id);
-    drop(seen);
-    if let Some(outcome) = end.outcome().filter(|_| !request.dry_run) {
-        agent.metrics.migration(Role::Source, outcome);
-    }
-    if let End::Done(summary) = &end {
-        agent.metrics.done(summary);
-    }
-    progress.event(end.into());
-}
-
-fn attempts(
-    world: &dyn World,
-    id: MigrationId,
-    request: &MigrateRequest,
-    cancel: &Cancel,
-    progress: &dyn Progress,
-) -> End {
-    let mut attempts = Attempts::new(world.config());
-    loop {
-        let end = Run::new(world, id, request, cancel, progress).run();
-        if !attempts.another(&end, id, cancel, progress, world.under_way()) {
-            return end;
-        }
-    }
-}
-
-/// The attempts of one migration.
-#[derive(Debug)]
-pub(super) struct Attempts {
-    began: Instant,
-    /// How many ended because a process did.
-    ended: u32,
-    /// So long it is tried to get past other migrations.
-    patience: Duration,
-}
-
-impl Attempts {
-    pub fn new(config: &Config) -> Self {
-        Attempts { began: Instant::now(), ended: 0, patience: Duration::from_secs(config.deadlines.busy) }
-    }
-
-    /// Whether to make another one after `end`. Says so, and waits for as long as it takes others to get out of the way.
-    pub fn another(
-        &mut self,
-        end: &End,
-        id: MigrationId,
-        cancel: &Cancel,
-        progress: &dyn Progress,
-        under_way: &UnderWay,
-    ) -> bool {
-        let End::Undone { again: Some(again), why, .. } = end else { return false };
-        let worth = match again {
-            Again::Busy(_) => self.began.elapsed() < self.patience,
-            Again::Ended => {
-                self.ended += 1;
-                self.ended < WITHOUT
-            }
-        };
-        if !worth || cancel.why().is_some() {
-            return false;
-        }
-        progress.event(Event::Note { text: format!("{why}; trying again") });
-        if let Again::Busy(by) = again {
-            // The smaller id comes back sooner, so that of those that hinder each other one gets through.
-            let pause = Duration::from_millis(if id < *by { 200 } else { 2000 });
-            let _wait = under_way.wait(id, format!("{by} to be over"), Some(pause));
-            thread::sleep(pause);
-        }
-        true
-    }
-}
-
 impl std::fmt::Debug for Run<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Run").field("id", &self.id).field("request", self.request).finish_non_exhaustive()
@@ -329,6 +241,7 @@ impl<'a> Run<'a> {
             states: Vec::new(),
             pids: BTreeMap::new(),
             homes: BTreeMap::new(),
+            takes_half_open: false,
             devices: Vec::new(),
             plan: Plan::default(),
             held_peers: BTreeSet::new(),
@@ -373,6 +286,7 @@ impl<'a> Run<'a> {
             Stop::Refused(reasons) => End::Refused(reasons),
             Stop::Busy { by, text } => End::Undone { phase, why: text, left, again: Some(Again::Busy(by)) },
             Stop::Absent(why) => End::Undone { phase, why, left, again: Some(Again::Ended) },
+            Stop::HalfOpen(why) => End::Undone { phase, why, left, again: Some(Again::HalfOpen) },
             Stop::Failed(why) => End::Undone { phase, why, left, again: None },
         }
     }

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::agent::config::{Config, Deadlines};
+use crate::agent::connecting::End as Unconnected;
 use crate::agent::metrics::Metrics;
 use crate::agent::procs::Process;
 use crate::agent::under_way::UnderWay;
@@ -16,7 +17,7 @@ use rdma_virt::id::{ObjId, PGid, PQpn, VQpn};
 use rdma_virt::msg::{Count, KeyTable};
 use std::io;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 const ID: MigrationId = MigrationId([7; 16]);
 
@@ -45,6 +46,8 @@ struct Truth {
     connected: bool,
     there_resumed: bool,
     forgotten: bool,
+    /// Somebody has connected to an unconnected QP; seen once.
+    half_open: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -230,6 +233,13 @@ impl World for Fake {
     fn let_go(&self, _: MigrationId) {
         self.truth.lock().unwrap().held = false;
     }
+    fn is_young(&self) -> bool {
+        false
+    }
+    fn half_open(&self, _: MigrationId, _: &str, _: &[Unconnected], hold: bool) -> Option<String> {
+        let half_open = &mut self.truth.lock().unwrap().half_open;
+        (hold && std::mem::take(half_open)).then(|| "somebody has connected to it".into())
+    }
     fn left(&self, _: &str, _: &[MovedProcess]) -> Result<(), String> {
         Ok(())
     }
@@ -398,6 +408,9 @@ impl Host for Script {
         Err(HostError("not here".into()))
     }
     fn drop_memory_files(&self, _: &str) {}
+    fn remove_broken_off(&self, _: &str, _: &Path) -> crate::engine::host::Result<()> {
+        Ok(())
+    }
     fn incubate(&self, _: &str, _: &Path, _: &Path) -> crate::engine::host::Result<Box<dyn Nursery>> {
         Err(HostError("not here".into()))
     }
@@ -488,6 +501,20 @@ fn without_a_failure_it_moves_and_nobody_stays_suspended() {
         assert!(summary.pause_seconds.unwrap() >= summary.frozen_seconds.unwrap());
         assert!(fake.truth.lock().unwrap().forgotten);
     }
+}
+
+#[test]
+fn a_connection_in_the_making_is_let_come_about_before_the_next_attempt() {
+    let fake = Fake::new(None);
+    fake.truth.lock().unwrap().half_open = true;
+    let end = run(&fake, true, &Cancel::default());
+    check(&fake, &end);
+    let End::Undone { phase: Phase::Freeze, again: Some(Again::HalfOpen), why, .. } = &end else { panic!("{end:?}") };
+    assert!(why.contains("in the making"), "{why}");
+    assert_eq!(end.outcome(), Some(Outcome::Busy));
+    let end = run(&fake, true, &Cancel::default());
+    check(&fake, &end);
+    assert!(matches!(end, End::Done(_)), "{end:?}");
 }
 
 #[test]

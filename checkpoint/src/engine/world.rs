@@ -9,11 +9,12 @@ use rdma_virt::msg::{Reply, Request};
 
 use super::host::{Container, Host};
 use crate::agent::config::Config;
+use crate::agent::connecting::End;
 use crate::agent::metrics::Metrics;
 use crate::agent::procs::{self, Process};
 use crate::agent::shims::ShimError;
 use crate::agent::under_way::UnderWay;
-use crate::agent::{Agent, facts};
+use crate::agent::{Agent, facts, lock};
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, Lease, MovedProcess, Order};
 use crate::record::Records;
@@ -37,6 +38,8 @@ pub trait World: Sync {
     fn call(&self, at: &str, migration: MigrationId, order: Order, deadline: Duration) -> Result<Answer, CallError>;
     fn agent_of(&self, gid: PGid) -> String;
     fn shims(&self, container: &str) -> Vec<OwnShim>;
+    /// Shims that were there before this agent may not have come back to it yet.
+    fn is_young(&self) -> bool;
     fn shim(
         &self,
         container: &str,
@@ -55,6 +58,9 @@ pub trait World: Sync {
     /// Holds the container for this migration; the one that has it already.
     fn hold(&self, migration: MigrationId, container: &str) -> Result<(), MigrationId>;
     fn let_go(&self, migration: MigrationId);
+    /// Who has connected to one of these ends of the container, or is about to; with `hold`, others wait from now on until
+    /// the migration lets go.
+    fn half_open(&self, migration: MigrationId, container: &str, ends: &[End], hold: bool) -> Option<String>;
     /// Numbers the container's later QPs come from.
     fn lease(&self, container: &str) -> Result<Lease, String>;
     /// The container left: remember where it went.
@@ -105,6 +111,10 @@ impl World for Agent {
         shims.iter().map(|s| OwnShim { vpid: s.vpid, comm: s.comm.clone(), pid: s.pid }).collect()
     }
 
+    fn is_young(&self) -> bool {
+        self.began.elapsed() < Duration::from_secs(self.config.deadlines.reconnect)
+    }
+
     fn shim(
         &self,
         container: &str,
@@ -138,6 +148,11 @@ impl World for Agent {
 
     fn let_go(&self, migration: MigrationId) {
         self.let_go_of(migration);
+        lock(&self.connecting).let_go(migration);
+    }
+
+    fn half_open(&self, migration: MigrationId, container: &str, ends: &[End], hold: bool) -> Option<String> {
+        Agent::half_open(self, migration, container, ends, hold)
     }
 
     fn lease(&self, container: &str) -> Result<Lease, String> {

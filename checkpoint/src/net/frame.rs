@@ -105,8 +105,23 @@ impl Wire {
         Ok(to.flush()?)
     }
 
+    /// The same for bodies of so many bytes at most.
+    pub fn at_most(self, cap: usize) -> Self {
+        Wire { cap: cap.min(self.cap), ..self }
+    }
+
     /// Reads one frame. Memory grows with the bytes that really arrive, not with the length claimed.
     pub fn read<T: DeserializeOwned>(&self, from: &mut impl Read) -> Result<T, FrameError> {
+        self.read_when(from, |_| ())
+    }
+
+    /// As [`Wire::read`]. `room` is told the length before the body is read; what it returns is kept until the message is
+    /// there.
+    pub fn read_when<T: DeserializeOwned, G>(
+        &self,
+        from: &mut impl Read,
+        room: impl FnOnce(usize) -> G,
+    ) -> Result<T, FrameError> {
         let mut header = [0; 10];
         let header = &mut header[..self.header_len()];
         read_header(from, header)?;
@@ -125,6 +140,7 @@ impl Wire {
         if len > self.cap {
             return Err(FrameError::TooLong { len, cap: self.cap });
         }
+        let _room = room(len);
         let mut body = Vec::with_capacity(len.min(64 << 10));
         from.take(len as u64).read_to_end(&mut body)?;
         if body.len() < len {

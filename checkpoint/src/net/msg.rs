@@ -20,7 +20,7 @@ use std::time::Duration;
 use crate::image::{HandOver, Secret};
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -73,8 +73,11 @@ pub enum Order {
     // ---- anybody -------------------------------------------------------------------------------------------------
     /// What are you? → [`Answer::Host`]
     Describe,
-    /// Where is the end that a QP is about to be connected to? → [`Answer::Resolved`]
-    Resolve { vgid: VGid, vqpn: VQpn },
+    /// Where is the end that a QP is about to be connected to? `asker` is the agent of that QP if it is another than the
+    /// caller. → [`Answer::Resolved`], or [`Refusal::Busy`] while that end stands still
+    Resolve { vgid: VGid, vqpn: VQpn, asker: Option<String> },
+    /// Has one of your processes connected a QP to this end? → [`Answer::Connected`]
+    Connected { vgid: VGid, vqpn: VQpn },
     /// These processes live elsewhere now; remember it. → [`Answer::Done`]
     Moved(Vec<MovedProcess>),
     /// Is this process, which left for you, still yours, or known to have gone on? → [`Answer::Has`]
@@ -162,6 +165,7 @@ impl Order {
         match self {
             Order::Describe => "describe",
             Order::Resolve { .. } => "resolve",
+            Order::Connected { .. } => "connected",
             Order::Moved(_) => "moved",
             Order::Has { .. } => "has",
             Order::Fate => "fate",
@@ -198,6 +202,8 @@ pub enum Answer {
     Host(HostFacts),
     /// `None`: nothing known of that end here.
     Resolved(Option<Resolved>),
+    /// Who, in words.
+    Connected(Option<String>),
     Has(bool),
     Fate(Fate),
     Found(Vec<FarEnd>),

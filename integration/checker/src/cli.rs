@@ -98,6 +98,9 @@ pub struct Hold {
     /// MiB of private memory that are filled and held
     #[arg(long, value_name = "MIB", default_value_t = 0)]
     pub memory: u32,
+    /// List the RDMA devices once, so that libibverbs and its drivers are loaded as in a program that uses them
+    #[arg(long)]
+    pub list_devices: bool,
     /// Threads beside the main one and the stamp thread: as many as an end with RDMA has
     #[arg(long, default_value_t = 3)]
     pub threads: u16,
@@ -133,6 +136,9 @@ pub struct End {
     /// Register so many MiB in all: what the QPs leave of it is filled, registered and not used
     #[arg(long, value_name = "MIB", default_value_t = 0)]
     pub registered: u32,
+    /// One registration for the memory of all QPs, as programs with a pool have it; needs one context and one PD
+    #[arg(long)]
+    pub one_registration: bool,
     /// Append a line of JSON every 100 ms to this file (`-`: standard output)
     #[arg(long)]
     pub timeline: Option<String>,
@@ -142,6 +148,9 @@ pub struct End {
     /// Wait this many seconds for the other end to appear
     #[arg(long, default_value_t = 120.0)]
     pub connect_timeout: f64,
+    /// Connect this many seconds after the other end was told where the QPs are, and has connected its own
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    pub connect_late: f64,
     /// Ask again for every number and name each so many milliseconds; 0 turns it off
     #[arg(long, default_value_t = 1000)]
     pub identity_ms: u64,
@@ -166,6 +175,8 @@ impl End {
             gid_index: self.gid_index,
             check_sysfs: self.check_sysfs,
             registered: (self.registered as usize) << 20,
+            one_registration: self.one_registration,
+            connect_late: std::time::Duration::from_secs_f64(self.connect_late),
         }
     }
 

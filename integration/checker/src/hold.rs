@@ -1,4 +1,5 @@
-//! The role that RDMA is compared with: the same memory, threads, TCP connection and stamps, and no verbs call at all.
+//! The role that RDMA is compared with: the same memory, threads, TCP connection and stamps, and no verbs call but, on
+//! request, the one that loads the drivers.
 //!
 //! One end waits (without `--connect`), one connects; both count heartbeats, and whoever gets SIGTERM ends both.
 
@@ -7,7 +8,7 @@ use crate::clock::{Clock, Reading};
 use crate::report;
 use crate::signals;
 use crate::timeline::say;
-use crate::verbs::Memory;
+use crate::verbs::{Context as Device, Memory};
 use crate::wire::{Message, Wire};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -71,6 +72,9 @@ pub fn run(options: &Hold) -> Result<Held> {
     let memory = Memory::filled((options.memory as usize) << 20).ok().filter(|m| !m.is_empty());
     if memory.is_none() && options.memory > 0 {
         bail!("there is no memory of {} MiB", options.memory);
+    }
+    if options.list_devices {
+        Device::list().context("list the RDMA devices")?;
     }
     let wire = match &options.connect {
         Some(host) => Wire::connect(&format!("{host}:{}", options.port), patience)?,

@@ -10,6 +10,7 @@
 //! drive them; [`run`] conducts a run from connecting to comparing.
 
 pub mod atomics;
+pub mod buffers;
 pub mod churn;
 pub mod cli;
 pub mod clock;

@@ -1,5 +1,6 @@
 //! One end of the run: every verbs object, made, connected and destroyed.
 
+use crate::buffers::{Buffers, Way};
 use crate::clock::Clock;
 use crate::failure::{Failures, lock};
 use crate::lane;
@@ -9,12 +10,13 @@ use crate::pattern::{self, Side};
 use crate::receive::{Pool, Receiver};
 use crate::region;
 use crate::stats::Stats;
-use crate::verbs::{Channel, Context, Cq, Endpoint, Memory, Mr, Pd, Qp, QpOptions, RestState, Srq};
+use crate::verbs::{Channel, Context, Cq, Endpoint, Memory, Pd, Qp, QpOptions, RestState, Srq};
 use crate::wake::Wake;
 use crate::workload::{Completions, Workload};
 use anyhow::{Context as _, Result, bail};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64};
+use std::time::Duration;
 
 /// Options of one end that the other has no say in.
 #[derive(Clone, Debug)]
@@ -29,6 +31,10 @@ pub struct Local {
     pub check_sysfs: bool,
     /// Bytes to be registered in all: what the QPs leave of it is registered as well and lies idle.
     pub registered: usize,
+    /// The memory of all QPs is one registration.
+    pub one_registration: bool,
+    /// So long after the exchange of numbers the QPs are connected.
+    pub connect_late: Duration,
 }
 
 /// One CQ with its place in the polling threads.
@@ -84,8 +90,9 @@ pub struct Rig {
     pub links: Vec<Link>,
     /// Unused QPs in various states.
     pub idle: Vec<Qp>,
+    buffers: Buffers,
     /// Registered memory that nobody uses.
-    ballast: Option<(Memory, Mr)>,
+    ballast: Option<Memory>,
     /// Time.
     pub clock: Arc<Clock>,
     /// Violations.
@@ -137,6 +144,7 @@ impl Rig {
             pools: Vec::new(),
             links: Vec::new(),
             idle: Vec::new(),
+            buffers: Buffers::default(),
             ballast: None,
             clock,
             failures: Arc::default(),
@@ -149,29 +157,24 @@ impl Rig {
         };
         rig.make_pds()?;
         rig.make_queues()?;
+        if local.one_registration {
+            if rig.w.contexts != 1 || rig.w.pds != 1 || rig.w.srq {
+                bail!("one registration for all QPs needs one context and one protection domain, and no SRQ");
+            }
+            rig.buffers.share(&rig.pds[0], &rig.w, local.registered).context("register memory for all QPs")?;
+        }
         rig.make_links()?;
         if rig.w.idle_qps {
             rig.make_idle().context("make unused QPs")?;
         }
-        rig.make_ballast(local.registered)?;
+        rig.ballast = rig.buffers.idle(&rig.pds[0], local.registered).context("register idle memory")?;
         Ok(rig)
     }
 
     /// Bytes registered.
     #[must_use]
     pub fn registered(&self) -> usize {
-        let links = self.links.iter().map(|l| l.send_memory.len() + l.shared_memory.len());
-        let pools = self.pools.iter().map(|p| p.memory.len());
-        links.chain(pools).chain(self.ballast.iter().map(|(m, _)| m.len())).sum()
-    }
-
-    fn make_ballast(&mut self, total: usize) -> Result<()> {
-        if let Some(left) = total.checked_sub(self.registered()).map(|n| n / 4096 * 4096).filter(|n| *n > 0) {
-            let memory = Memory::filled(left).with_context(|| format!("{left} bytes of idle memory"))?;
-            let mr = Mr::register(&self.pds[0], &memory, true, false).context("register idle memory")?;
-            self.ballast = Some((memory, mr));
-        }
-        Ok(())
+        self.buffers.bytes()
     }
 
     fn context_of(&self, qp: u16) -> usize {
@@ -271,12 +274,13 @@ impl Rig {
         }
     }
 
-    fn pool(&self, owner: u16, pd: usize, depth: u32, srq: Option<Srq>) -> Result<Arc<Pool>> {
+    fn pool(&mut self, owner: u16, pd: usize, depth: u32, srq: Option<Srq>) -> Result<Arc<Pool>> {
         let stride = Layout::new(&self.w).stride();
         // Registrations that start within a page exist as well as aligned ones.
         let skew = if owner % 2 == 1 { 64 } else { 0 };
-        let memory = Memory::map(stride * depth as usize, skew).context("receive memory")?;
-        let mr = Mr::register(&self.pds[pd], &memory, false, owner % 2 == 1).context("register receive memory")?;
+        let way = Way { remote: false, by_iova: owner % 2 == 1 };
+        let (memory, mr) =
+            self.buffers.take(&self.pds[pd], stride * depth as usize, skew, way).context("receive memory")?;
         Ok(Arc::new(Pool::new(owner, depth, memory, mr, srq, stride, self.w.msg_size)))
     }
 
@@ -307,17 +311,17 @@ impl Rig {
         Ok(())
     }
 
-    fn make_link(&self, index: u16, pd: usize, pool: Arc<Pool>) -> Result<Link> {
+    fn make_link(&mut self, index: u16, pd: usize, pool: Arc<Pool>) -> Result<Link> {
         let cqs = self.cq_of(index);
-        let domain = &self.pds[pd];
+        let domain = self.pds[pd];
         let (qp, inline) =
-            Qp::create(domain, &self.queues[cqs.0].cq, &self.queues[cqs.1].cq, pool.srq.as_ref(), &self.options())?;
-        let send = Memory::map(Link::send_bytes(&self.w), 0)?;
-        let send_mr = Mr::register(domain, &send, false, index % 2 == 1)?;
-        let second_mr = Mr::register(domain, &send, false, false)?;
-        let shared = Memory::map(Layout::new(&self.w).total(), 0)?;
+            Qp::create(&domain, &self.queues[cqs.0].cq, &self.queues[cqs.1].cq, pool.srq.as_ref(), &self.options())?;
+        let way = |remote, by_iova| Way { remote, by_iova };
+        let (send, send_mr) = self.buffers.take(&domain, Link::send_bytes(&self.w), 0, way(false, index % 2 == 1))?;
+        let second_mr = self.buffers.again(&domain, &send, way(false, false))?;
+        let total = Layout::new(&self.w).total();
+        let (shared, shared_mr) = self.buffers.take(&domain, total, 0, way(true, index.is_multiple_of(2)))?;
         self.initialise(&shared, index);
-        let shared_mr = Mr::register(domain, &shared, true, index.is_multiple_of(2))?;
         let parts = Parts {
             qp,
             inline,
@@ -429,22 +433,18 @@ impl Rig {
         }
         for l in &self.links {
             l.qp.destroy().with_context(|| format!("destroy {l}"))?;
-            for mr in [l.send_mr, l.second_mr, l.shared_mr] {
-                mr.dereg().with_context(|| format!("memory of {l}"))?;
-            }
         }
         for p in &self.pools {
             if let Some(srq) = p.srq {
                 srq.destroy().context("destroy an SRQ")?;
             }
-            p.mr.dereg().context("receive memory")?;
         }
-        if let Some((memory, mr)) = self.ballast {
-            if let Some(at) = memory.first_unlike(|_| 0) {
-                bail!("idle memory of {} bytes has changed at byte {at}", memory.len());
-            }
-            mr.dereg().context("idle memory")?;
+        if let Some(idle) = self.ballast
+            && let Some(at) = idle.first_unlike(|_| 0)
+        {
+            bail!("idle memory of {} bytes has changed at byte {at}", idle.len());
         }
+        self.buffers.dereg().context("deregister memory")?;
         for (i, q) in self.queues.iter().enumerate() {
             let left = q.unacked.load(std::sync::atomic::Ordering::SeqCst);
             q.cq.ack(u32::try_from(left).unwrap_or(u32::MAX));

@@ -65,6 +65,10 @@ pub fn run(side: Side, mut wire: Wire, workload: Option<Workload>, local: &Local
         Message::Abort(e) => bail!("the other end gave up: {e:?}"),
         other => bail!("expected the other end's QPs, got {other:?}"),
     };
+    if !local.connect_late.is_zero() {
+        say(&json!({"event": "exchanged"}).to_string())?;
+        std::thread::sleep(local.connect_late);
+    }
     rig.connect(&offers)?;
     let identity = Identity::of(&rig).map_err(anyhow::Error::msg)?;
     identity.plausible(&rig).map_err(anyhow::Error::msg)?;

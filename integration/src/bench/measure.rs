@@ -1,8 +1,8 @@
 //! One measurement: two containers are started, one is moved once, what was seen of it is gathered, all is removed.
 //!
-//! The container that is moved is alike in all variants but for RDMA: the same program, memory, number of threads and
-//! TCP connection, the same devices and network. It takes no part in judging: gaps come from its stamps, everything
-//! else from outside.
+//! The container that is moved is alike in all variants but for RDMA: the same program and libraries (without RDMA the
+//! devices are listed and left alone), memory, number of threads and TCP connection, the same devices and network. It
+//! takes no part in judging: gaps come from its stamps, everything else from outside.
 
 use super::clocks::{self, Offset};
 use super::counts;
@@ -224,6 +224,7 @@ fn moved_command(item: &Item, load: &Load) -> Vec<String> {
         ("--processes", peers.to_string()),
         ("--qps", (item.cell.qps / peers).to_string()),
         ("--registered", (item.cell.registered / u32::from(peers)).to_string()),
+        ("--one-registration", String::new()),
         ("--rate", rate.to_string()),
         // Small, so that many QPs fit into little memory; nobody polls, so that no other node is robbed of its CPU.
         ("--depth", "4".to_owned()),
@@ -242,12 +243,14 @@ fn hold_command(item: &Item) -> Vec<String> {
         ("--connect", OTHER_IP.to_owned()),
         ("--processes", peers.to_string()),
         ("--memory", (item.cell.registered / u32::from(peers)).to_string()),
+        ("--list-devices", String::new()),
         ("--result", RESULT.to_owned()),
     ])
 }
 
+/// Options with their values; those with an empty one have none.
 fn words(pairs: &[(&str, String)]) -> Vec<String> {
-    pairs.iter().flat_map(|(k, v)| [(*k).to_owned(), v.clone()]).collect()
+    pairs.iter().flat_map(|(k, v)| [(*k).to_owned(), v.clone()]).filter(|word| !word.is_empty()).collect()
 }
 
 /// Moments of a migration by the source's clock, in seconds since 1970.

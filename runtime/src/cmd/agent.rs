@@ -8,8 +8,8 @@ use checkpoint::agent::config::Config;
 
 use crate::cli::{AgentArgs, Global};
 use crate::inject::HostPaths;
-use crate::memory;
 use crate::migration_host::MigrationHost;
+use crate::{debris, memory};
 
 pub fn run(args: &AgentArgs, global: &Global) -> Result<i32> {
     let config = Config::load(args.config.as_deref())?;
@@ -17,6 +17,7 @@ pub fn run(args: &AgentArgs, global: &Global) -> Result<i32> {
     let agent = Agent::new(config, Arc::new(host)).context("the agent cannot start")?;
     // A container would mount it as well; so it is there from the first to the last.
     memory::mount_tmpfs(&HostPaths::default().memory)?;
+    debris::sweep(&agent.config.state_dir);
     agent.start().context("the agent cannot start")?;
     eprintln!("the agent of {} is ready", agent.config.name);
     // Everything happens in threads; the process ends by a signal only.

@@ -36,7 +36,7 @@ pub fn run(args: Restore, global: &Global) -> Result<i32> {
     }
     if args.supervise {
         let order = order(&options, &images, &absolute(bundle.clone())?)?;
-        by_agent::restore(&args.id, &images, &bundle, How::Monitor(Box::new(order)))?;
+        by_agent::restore(&args.id, &images, &bundle, args.disconnected, How::Monitor(Box::new(order)))?;
         return Ok(0);
     }
     // Blocked before there is a child, so that its end is never missed.
@@ -49,7 +49,7 @@ pub fn run(args: Restore, global: &Global) -> Result<i32> {
             Some(foreground::block_signals()?)
         }
     };
-    let restored = by_agent::restore(&args.id, &images, &bundle, How::Here(Box::new(options)))?;
+    let restored = by_agent::restore(&args.id, &images, &bundle, args.disconnected, How::Here(Box::new(options)))?;
     let Some(signals) = signals else {
         return Ok(0);
     };
@@ -77,6 +77,7 @@ fn order(options: &RestoreOptions, images: &Path, bundle: &Path) -> Result<Resto
         skip_network_lock: false,
         skip_create_hooks: false,
         criu: Some(common.criu.clone()),
+        criu_log_level: common.log_level,
         plugin_dir: None,
         plugin_env: BTreeMap::new(),
         hold: false,

@@ -51,6 +51,10 @@ pub fn adopt(migration: &mut Migration, state: &AdoptedProcess) -> Result<KeyTab
     for (ctx, _) in &pairs {
         arm(ctx, &frozen.unread)?;
     }
+    // Only now: who waits for an event shall see it.
+    for (ctx, adopted) in &pairs {
+        break_off(ctx, adopted)?;
+    }
     let keys =
         KeyTable(contexts.iter().flat_map(|c| c.mrs()).filter(|m| !m.is_dead()).filter_map(|m| key(&m)).collect());
     migration.adopted = Some(keys.clone());
@@ -118,6 +122,16 @@ pub fn repost_to_qps(ctx: &ShadowContext) -> Result<(), Refused> {
     for qp in ctx.qps().iter().filter(|o| !o.is_dead()) {
         qp.repost_recvs()
             .map_err(|e| Refused::new(format!("receives of qp {} cannot be posted again: {e}", qp.vqpn().0)))?;
+    }
+    Ok(())
+}
+
+/// A connected QP that was made without a remote end is one whose peer does not wait for this process: it was restored
+/// from a copy.
+fn break_off(ctx: &ShadowContext, adopted: &AdoptedContext) -> Result<(), Refused> {
+    let alone = |id| adopted.qps.iter().any(|q| q.id == id && q.remote.is_none());
+    for qp in ctx.qps().iter().filter(|o| !o.is_dead() && o.is_connected() && alone(o.id)) {
+        qp.break_off().map_err(|e| Refused::new(format!("qp {} cannot be broken off: {e}", qp.vqpn().0)))?;
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use rdma_virt::msg::{Answer, Ask, Role};
 use super::wire::{Conn, WireError};
 use super::{note, wire};
 
-/// Longest time one question may take.
+/// Longest silence of the agent.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where a remote end is now.
@@ -27,11 +27,15 @@ fn ask(question: &Ask) -> Option<Answer> {
     if !std::path::Path::new(wire::SOCKET).exists() {
         return None;
     }
-    let deadline = Instant::now() + PATIENCE;
     let talk = || -> Result<Answer, WireError> {
-        let conn = Conn::open(Role::Ask, deadline)?;
+        let conn = Conn::open(Role::Ask, Instant::now() + PATIENCE)?;
         conn.send(question)?;
-        conn.receive(Some(deadline))
+        loop {
+            match conn.receive(Some(Instant::now() + PATIENCE))? {
+                Answer::Later => {}
+                answer => return Ok(answer),
+            }
+        }
     };
     match talk() {
         Ok(Answer::Failed { why }) => {

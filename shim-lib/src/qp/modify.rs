@@ -9,6 +9,7 @@ use rdma_virt::id::{PGid, PQpn, VGid, VQpn};
 use rdma_virt::saved::{QpAttr, QpPhase, Remote};
 
 use super::ShadowQp;
+use super::second::{bare, is_connected, modify};
 use crate::abi::{ibv_ah_attr, ibv_qp, ibv_qp_attr, qp_mask, qp_state, qp_type};
 use crate::entry::entry;
 use crate::errno::Errno;
@@ -125,6 +126,11 @@ impl ShadowQp {
         self.remembered.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Whether it has a remote end and has not failed.
+    pub fn is_connected(&self) -> bool {
+        is_connected(self.attr().phase)
+    }
+
     /// Notes where the remote end is now; the application is not told.
     pub fn set_remote(&self, remote: Option<Remote>) {
         self.remembered.lock().unwrap_or_else(PoisonError::into_inner).remote = remote;
@@ -234,6 +240,14 @@ impl ShadowQp {
         if remote.is_some() {
             self.set_remote(remote);
         }
+    }
+
+    /// Its far end is gone for good: what is posted, and what will be, is flushed. The caller has the gate shut.
+    pub fn break_off(&self) -> Result<(), Errno> {
+        // SAFETY: the real QP of a shadow that is not dead.
+        unsafe { modify(self.real(), &mut bare(qp_state::ERR), qp_mask::STATE)? };
+        self.remembered.lock().unwrap_or_else(PoisonError::into_inner).phase = QpPhase::Err;
+        Ok(())
     }
 
     /// Attributes for taking an equal QP through its states: `(INIT, RTR, RTS)` with their masks, towards `remote`.

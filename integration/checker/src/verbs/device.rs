@@ -144,6 +144,22 @@ impl Context {
         })
     }
 
+    /// Lists the devices and does nothing with them: the library loads its drivers for that.
+    ///
+    /// # Errors
+    /// As the library says.
+    pub fn list() -> io::Result<()> {
+        let mut n = 0;
+        // SAFETY: out parameter is valid.
+        let list = unsafe { ib::ibv_get_device_list(&raw mut n) };
+        if list.is_null() {
+            return Err(last("ibv_get_device_list"));
+        }
+        // SAFETY: the list is the library's, and no device of it is kept.
+        unsafe { ib::ibv_free_device_list(list) };
+        Ok(())
+    }
+
     /// Makes the asynchronous event descriptor non-blocking, so that it can be looked at in passing.
     fn never_block_on_events(&self) -> io::Result<()> {
         // SAFETY: the context is open.

@@ -49,17 +49,33 @@ impl Memory {
         })
     }
 
-    /// Maps `len` bytes in whole words and gives every word a value that says where it is.
+    /// Maps `len` bytes and fills them.
     ///
     /// # Errors
     /// When there is no memory.
     pub fn filled(len: usize) -> io::Result<Self> {
         let memory = Self::map(len, 0)?;
-        (0..len / 8).for_each(|i| memory.touch(i * 8, 0));
+        memory.fill();
         Ok(memory)
     }
 
-    /// Writes the word at `at` for that time; [`Memory::filled`] does it for time 0.
+    /// Gives every whole word a value that says where it is.
+    pub fn fill(&self) {
+        (0..self.len / 8).for_each(|i| self.touch(i * 8, 0));
+    }
+
+    /// The `len` bytes at `at`, under another name.
+    ///
+    /// # Panics
+    /// When they are not all inside.
+    #[must_use]
+    pub fn part(&self, at: usize, len: usize) -> Self {
+        assert!(at + len <= self.len, "part outside of the memory");
+        // SAFETY: within the mapping.
+        Self { start: unsafe { self.start.add(at) }, len }
+    }
+
+    /// Writes the word at `at` for that time; [`Memory::fill`] does it for time 0.
     ///
     /// # Panics
     /// When it is outside or not aligned.

@@ -34,6 +34,13 @@ pub const CLAIMS: &[Scenario] = &[
         partial_deleted
     ),
     claim!("by files: an image is restored once, and a second time refused", true, restored_twice),
+    claim!("by files: a container goes on beside its image, whose QPs come up in the error state", true, left_running),
+    claim!(
+        "by files: a partial restore of another series is named, and the source is unharmed",
+        true,
+        partial_of_another_series
+    ),
+    claim!("by files: registered memory in files goes to disk and comes back", true, memory_in_files),
     claim!("by files: a checkpoint that fails is undone and the container goes on", true, checkpoint_fails),
 ];
 
@@ -198,8 +205,6 @@ fn partial_deleted(ctx: &mut Context) -> Result<()> {
 fn restored_twice(ctx: &mut Context) -> Result<()> {
     let (mut stage, pair, bundle) = begin(ctx, &["--qps", "2"])?;
     let image = final_image();
-    refused(&stage.ctx.src, &checkpoint(&pair.client, &image, &["--leave-running"]), &["--leave-running", "RDMA"])?;
-    stage.flow(&pair.client, 100)?;
     succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &[]))?;
     carry(&stage.ctx.src, &stage.ctx.dst)?;
     succeeds(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]))?;
@@ -207,6 +212,54 @@ fn restored_twice(ctx: &mut Context) -> Result<()> {
     refused(&stage.ctx.src, &restore(&pair.client, &image, &bundle, &[]), &["restored already"])?;
     let listed = stage.ctx.src.check(&["migrrdma", "list", "--quiet"])?;
     ensure!(!listed.contains(&pair.client), "the refused container is listed: {listed}");
+    judge(stage, &pair)
+}
+
+fn left_running(ctx: &mut Context) -> Result<()> {
+    let (mut stage, pair, bundle) = begin(ctx, &["--qps", "2"])?;
+    let image = final_image();
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &["--leave-running"]))?;
+    stage.flow(&pair.client, 300).context("the original")?;
+    stage.flow(&pair.server, 300).context("its peer")?;
+    // A copy with the same address in the same network would disturb the original's TCP connection, as it does without us.
+    pair.judge(&mut stage)?;
+    stage.ctx.src.check(&["migrrdma", "delete", "--force", &pair.client])?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    let out = command(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]))?;
+    ensure!(out.success(), "the copy was not restored: {}", out.errors());
+    ensure!(out.errors().contains("error state"), "nothing was said of the connections: {}", out.errors());
+    let argv = ["migrrdma", "wait", "--timeout", "60", &pair.client].map(str::to_owned).to_vec();
+    stage.ctx.dst.run(Exec { argv, timeout_ms: Some(70_000), ..Exec::default() })?;
+    let said = stage.ctx.dst.check(&["migrrdma", "logs", &pair.client])?.to_lowercase();
+    ensure!(said.contains("flush"), "the copy saw no flushed work: {said}");
+    clean(&stage)?;
+    stage.finish()
+}
+
+fn partial_of_another_series(ctx: &mut Context) -> Result<()> {
+    let (stage, pair, bundle) = begin(ctx, &["--qps", "2"])?;
+    let (early, image) = (format!("{IMAGES}/early"), final_image());
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &early, &["--pre-dump"]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &early, &bundle, &["--partial"]))?;
+    // Whoever restores a copy of a container that went on does not go on with what was prepared for the container.
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &["--leave-running"]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    refused(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]), &["another series", "delete"])?;
+    succeeds(&stage.ctx.dst, &["migrrdma", "delete", &pair.client])?;
+    judge(stage, &pair)
+}
+
+fn memory_in_files(ctx: &mut Context) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    clean(&stage)?;
+    stage.memory_in_files();
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], &["--qps", "2", "--msg-size", "65536"])?;
+    let (bundle, image) = (format!("{BUNDLES}/{}", pair.client), final_image());
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &[]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]))?;
+    stage.moved(&pair.client, "dst")?;
     judge(stage, &pair)
 }
 

@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::stage::{Pair, Stage};
+use crate::lab::node::Node;
 use crate::scenario::{Context, Scenario};
 
 const MEMORY: &str = "/run/migrrdma-agent/memory";
@@ -45,6 +46,51 @@ fn all_early(summary: &Value) -> Result<()> {
     Ok(())
 }
 
+/// Prints memory in use, in KiB: what cannot be dropped or read again from a disk. With an argument the most of it until
+/// that file is gone.
+const IN_USE: &str = r#"
+import os, sys, time
+most = 0
+while True:
+    lines = dict(line.split(':') for line in open('/proc/meminfo'))
+    most = max(most, sum(int(lines[key].split()[0]) for key in ('AnonPages', 'Shmem')))
+    if len(sys.argv) < 2 or not os.path.exists(sys.argv[1]):
+        break
+    time.sleep(0.05)
+print(most)
+"#;
+
+fn in_use(node: &Node) -> Result<u64> {
+    node.check(&["python3", "-c", IN_USE])?.trim().parse().context("memory in use")
+}
+
+/// At no moment is there more of the container on the destination than all of it and a tenth.
+fn peak(ctx: &mut Context, in_files: bool) -> Result<()> {
+    const SAMPLING: &str = "/run/lab-sampling";
+    let mut stage = Stage::new(ctx);
+    if in_files {
+        stage.memory_in_files();
+    }
+    let load = ["--qps", "2", "--registered", "256", "--one-registration", "--rate", "200"];
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], &load)?;
+    let dst = stage.ctx.dst.clone();
+    dst.check(&["touch", SAMPLING])?;
+    let before = in_use(&dst)?;
+    let sampler = dst.spawn(&["python3", "-c", IN_USE, SAMPLING])?;
+    stage.migrate(&pair.client, "dst")?;
+    stage.flow(&pair.client, 200)?;
+    dst.check(&["rm", SAMPLING])?;
+    let most: u64 = sampler.wait(Duration::from_secs(30))?.text().trim().parse().context("the most memory in use")?;
+    let after = in_use(&dst)?;
+    let (container, peak) = (after.saturating_sub(before), most.saturating_sub(before));
+    let percent = peak * 100 / container.max(1);
+    stage.ctx.note(format!("container {} MiB, peak {} MiB: {percent} %", container >> 10, peak >> 10));
+    ensure!(container >= 256 << 10, "a container of 256 MiB takes {container} KiB");
+    ensure!(percent <= 110, "the destination held {percent} % of the container's memory");
+    pair.judge(&mut stage)?;
+    stage.finish()
+}
+
 /// Claims about registered memory.
 pub const CLAIMS: &[Scenario] = &[
     Scenario {
@@ -61,6 +107,18 @@ pub const CLAIMS: &[Scenario] = &[
             let path = ["dst", "src"].repeat(5);
             moves(c, &path, &["--qps", "2", "--mix", "write,write_imm", "--msg-size", "65536"], all_early)
         },
+    },
+    Scenario {
+        name: "the destination never holds more than the container's memory and a tenth, registered in files",
+        long: true,
+        limit: Duration::from_secs(600),
+        run: |c| peak(c, true),
+    },
+    Scenario {
+        name: "the destination never holds more than the container's memory and a tenth, registered as it is",
+        long: true,
+        limit: Duration::from_secs(600),
+        run: |c| peak(c, false),
     },
     Scenario {
         name: "registered memory that is registered and deregistered all the time is moved",

@@ -11,6 +11,10 @@ mod copies;
 mod disk;
 mod failures;
 mod faults;
+mod handshake;
+mod hindered;
+mod killed;
+mod lines;
 mod memory;
 mod perftest;
 mod places;
@@ -29,6 +33,7 @@ pub const GROUPS: &[&[Scenario]] = &[
     checkers::CLAIMS,
     memory::CLAIMS,
     places::CLAIMS,
+    handshake::CLAIMS,
     perftest::CLAIMS,
     processes::CLAIMS,
     precopy::CLAIMS,
@@ -37,6 +42,8 @@ pub const GROUPS: &[&[Scenario]] = &[
     faults::CLAIMS,
     concurrency::CLAIMS,
     surroundings::CLAIMS,
+    killed::CLAIMS,
+    lines::CLAIMS,
     copies::CLAIMS,
     disk::CLAIMS,
 ];

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
+use super::hindered::{Hindrance, hindered};
 use super::stage::{Pair, Stage};
-use super::undone::{later, undone};
 use crate::lab::deploy::AGENT;
 use crate::scenario::{Context, Scenario};
 
@@ -39,6 +39,10 @@ pub const CLAIMS: &[Scenario] = &[
         let (begin, end) = ("migrrdma pause ck-server0", "migrrdma resume ck-server0");
         hindered(c, &Hindrance { node: "peer", phase: "pre-setup", begin, end, words: &["ck-server0"] })
     }),
+    claim!("a process at the other end that is stopped: the source goes on and a later move succeeds", |c| {
+        let (begin, end) = ("migrrdma kill ck-server0 STOP", "migrrdma kill ck-server0 CONT");
+        hindered(c, &Hindrance { node: "peer", phase: "pre-setup", begin, end, words: &["ck-server0"] })
+    }),
     claim!("clocks that jump on all hosts during a move disturb nothing", clocks),
 ];
 
@@ -50,29 +54,6 @@ const EMPTY: &str = "rm -f /var/lib/full";
 
 fn continued() -> String {
     format!("systemctl kill --kill-whom=main --signal=CONT {AGENT}")
-}
-
-/// Something that makes a migration impossible from some phase on.
-struct Hindrance<'a> {
-    node: &'a str,
-    phase: &'a str,
-    begin: &'a str,
-    end: &'a str,
-    /// All of them are in the message.
-    words: &'a [&'a str],
-}
-
-fn hindered(ctx: &mut Context, h: &Hindrance<'_>) -> Result<()> {
-    let mut stage = Stage::new(ctx);
-    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], &["--qps", "2"])?;
-    let running = stage.begin_migration(&pair.client, "dst", &[])?;
-    running.wait_for(&format!("\"enter\",\"phase\":\"{}\"", h.phase), Duration::from_secs(120))?;
-    stage.ctx.node(h.node)?.sh(h.begin)?;
-    // It ends by itself, while the cause is there.
-    let out = running.wait(Duration::from_secs(240));
-    stage.ctx.node(h.node)?.sh(h.end)?;
-    undone(&stage, &pair, &out?, &[h.words, &["undone"]].concat())?;
-    later(stage, &pair)
 }
 
 fn clocks(ctx: &mut Context) -> Result<()> {
