@@ -20,7 +20,7 @@ const CONFIG_FILE: &str = "/etc/criu/runc.conf";
 /// Annotation naming another one; empty for none.
 const CONFIG_ANNOTATION: &str = "org.criu.config";
 /// How much CRIU says by default: everything, as under runc.
-pub const SAYS_ALL: u32 = 4;
+const SAYS_ALL: u32 = 4;
 /// Inside a pause: every line is a system call, and there are some ten for each mapping. Errors and warnings only.
 const SAYS_LITTLE: u32 = 2;
 /// What CRIU calls masked files.

@@ -10,8 +10,15 @@ use nix::mount::{MntFlags, umount2};
 const CGROUPS: &[u8] = b".criu.cgyard.";
 const NAMESPACES: &str = "/tmp/.criu.mntns.";
 
-/// Takes down what lies in `dir`, or below it; and what no CRIU that runs can be using. Best effort: what stays is in
-/// nobody's way.
+/// As [`sweep`], unless a CRIU runs: one whose monitor outlived the agent works below `dir`.
+pub fn sweep_if_idle(dir: &Path) {
+    if !criu_runs() {
+        sweep(dir);
+    }
+}
+
+/// Takes down what lies in `dir`, or below it: the caller knows that its CRIU is no more. And what no CRIU that runs can be
+/// using. Best effort: what stays is in nobody's way.
 pub fn sweep(dir: &Path) {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let idle = !criu_runs();

@@ -22,7 +22,7 @@ const WITHOUT: u32 = 5;
 const HANDSHAKE: Duration = Duration::from_secs(1);
 
 /// A far end that is not connected back by then is one that will not be: its process has reset it.
-pub(super) const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(20);
 
 /// Why another attempt may succeed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +64,7 @@ fn attempts(
     let mut attempts = Attempts::new(world.config());
     loop {
         let mut run = Run::new(world, id, request, cancel, progress);
-        run.takes_half_open = attempts.took() > SOON;
+        run.takes_half_open = attempts.take_half_open();
         let end = run.run();
         if !attempts.another(&end, id, cancel, progress, world.under_way()) {
             return end;
@@ -87,9 +87,9 @@ impl Attempts {
         Attempts { began: Instant::now(), ended: 0, patience: Duration::from_secs(config.deadlines.busy) }
     }
 
-    /// So far, with the time between them.
-    pub fn took(&self) -> Duration {
-        self.began.elapsed()
+    /// Whether the next one does with a far end that is not connected back: there was time for it.
+    pub fn take_half_open(&self) -> bool {
+        self.began.elapsed() > SOON
     }
 
     /// Whether to make another one after `end`. Says so, and waits for as long as it takes others to get out of the way.
@@ -113,16 +113,14 @@ impl Attempts {
             return false;
         }
         progress.event(Event::Note { text: format!("{why}; trying again") });
-        if let Again::Busy(by) = again {
+        let (what, pause) = match again {
             // The smaller id comes back sooner, so that of those that hinder each other one gets through.
-            let pause = Duration::from_millis(if id < *by { 200 } else { 2000 });
-            let _wait = under_way.wait(id, format!("{by} to be over"), Some(pause));
-            thread::sleep(pause);
-        }
-        if let Again::HalfOpen = again {
-            let _wait = under_way.wait(id, "a connection in the making".into(), Some(HANDSHAKE));
-            thread::sleep(HANDSHAKE);
-        }
+            Again::Busy(by) => (format!("{by} to be over"), Duration::from_millis(if id < *by { 200 } else { 2000 })),
+            Again::HalfOpen => ("a connection in the making".into(), HANDSHAKE),
+            Again::Ended => return true,
+        };
+        let _wait = under_way.wait(id, what, Some(pause));
+        thread::sleep(pause);
         true
     }
 }

@@ -17,7 +17,7 @@ use rdma_virt::id::{MigrationId, PGid, Vpid};
 use rdma_virt::saved::ProcessState;
 use serde::{Deserialize, Serialize};
 
-use super::attempts::{Attempts, SOON};
+use super::attempts::Attempts;
 use super::by_hand::{ByHand, Clerk};
 use super::handover::Dump;
 use super::host::{DumpJob, PreDumpJob};
@@ -118,7 +118,7 @@ fn attempts(
         run.record.kind = Kind::Checkpoint;
         run.plan = session.plan.clone();
         run.effects.claimed = session.claimed.clone();
-        run.takes_half_open = attempts.took() > SOON;
+        run.takes_half_open = attempts.take_half_open();
         let ended = run.park(request, session);
         if matches!(ended, Ok(true)) {
             run.undo("nothing of RDMA is in use");

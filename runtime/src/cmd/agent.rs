@@ -17,7 +17,7 @@ pub fn run(args: &AgentArgs, global: &Global) -> Result<i32> {
     let agent = Agent::new(config, Arc::new(host)).context("the agent cannot start")?;
     // A container would mount it as well; so it is there from the first to the last.
     memory::mount_tmpfs(&HostPaths::default().memory)?;
-    debris::sweep(&agent.config.state_dir);
+    debris::sweep_if_idle(&agent.config.state_dir);
     agent.start().context("the agent cannot start")?;
     eprintln!("the agent of {} is ready", agent.config.name);
     // Everything happens in threads; the process ends by a signal only.

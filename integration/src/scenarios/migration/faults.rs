@@ -7,10 +7,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
-use super::settled::{ORDER, settled};
-use super::stage::{Pair, Stage, tail};
+use super::settled;
+use super::stage::{Pair, Stage};
 use crate::lab::deploy::AGENT;
 use crate::scenario::{Context, Scenario};
 
@@ -110,17 +110,5 @@ fn one(stage: &mut Stage, pair: &Pair, to: &str, phase: &str, node: &str) -> Res
     running.wait_for(&format!("\"enter\",\"phase\":\"{phase}\""), Duration::from_secs(120))?;
     let again = format!("systemctl kill --kill-whom=main --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}");
     stage.ctx.node(node)?.sh(&again)?;
-    let out = running.wait(ORDER)?;
-    ensure!(!out.done.timed_out, "the migration did not end by itself:\n{}", tail(&out.text()));
-    let place = settled(stage, &pair.client).with_context(|| tail(&(out.text() + &out.errors())))?;
-    if out.success() {
-        ensure!(place == to, "the migration succeeded, and the container runs on {place}");
-    }
-    if place == to {
-        stage.moved(&pair.client, to)?;
-    }
-    // Traffic in both directions, for longer than what was held could last.
-    stage.flow(&pair.client, 300).context("the moved end")?;
-    stage.flow(&pair.server, 300).context("its peer")?;
-    Ok(place == to)
+    Ok(settled::after(stage, pair, &running, to)? == to)
 }

@@ -6,10 +6,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
-use super::settled::{ORDER, settled};
-use super::stage::{Pair, Stage, tail};
+use super::settled;
+use super::stage::{Pair, Stage};
 use crate::lab::topology::RDMA_IF;
 use crate::scenario::{Context, Scenario};
 
@@ -77,18 +77,7 @@ fn once(stage: &mut Stage, pair: &Pair, to: &str, phase: &str, one: &str, other:
     let running = stage.begin_migration(&pair.client, to, &[])?;
     running.wait_for(&format!("\"enter\",\"phase\":\"{phase}\""), Duration::from_secs(120))?;
     stage.ctx.node(one)?.sh(&both)?;
-    let out = running.wait(ORDER)?;
-    ensure!(!out.done.timed_out, "the migration did not end by itself:\n{}", tail(&out.text()));
-    let place = settled(stage, &pair.client).with_context(|| tail(&(out.text() + &out.errors())))?;
-    if out.success() {
-        ensure!(place == to, "the migration succeeded, and the container runs on {place}");
-    }
-    if place == to {
-        stage.moved(&pair.client, to)?;
-    }
-    stage.flow(&pair.client, 300).context("the moved end")?;
-    stage.flow(&pair.server, 300).context("its peer")?;
-    Ok(place)
+    settled::after(stage, pair, &running, to)
 }
 
 /// Every packet is late, and none is lost. The lines are slow before the first one: a queue that is exchanged drops what

@@ -2,12 +2,31 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
-use super::stage::Stage;
+use super::stage::{Pair, Stage, tail};
+use crate::lab::node::Running;
 
 /// From a fault until everything is in order again.
 pub const ORDER: Duration = Duration::from_secs(150);
+
+/// Where the container of the pair's moving end is after a migration towards `to` that something befell: the migration
+/// ends by itself, one copy runs, where the migration said if it said so, and both ends go on.
+pub fn after(stage: &mut Stage<'_>, pair: &Pair, running: &Running, to: &str) -> Result<&'static str> {
+    let out = running.wait(ORDER)?;
+    ensure!(!out.done.timed_out, "the migration did not end by itself:\n{}", tail(&out.text()));
+    let place = settled(stage, &pair.client).with_context(|| tail(&(out.text() + &out.errors())))?;
+    if out.success() {
+        ensure!(place == to, "the migration succeeded, and the container runs on {place}");
+    }
+    if place == to {
+        stage.moved(&pair.client, to)?;
+    }
+    // Traffic in both directions, for longer than what was held could last.
+    stage.flow(&pair.client, 300).context("the moved end")?;
+    stage.flow(&pair.server, 300).context("its peer")?;
+    Ok(place)
+}
 
 const NODES: [&str; 3] = ["src", "dst", "peer"];
 
