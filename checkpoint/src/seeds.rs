@@ -82,6 +82,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("container_socket", "switch", body(&switch)),
         ("incubator_socket", "converge", spoken),
         ("incubator_socket", "want", Want::Map { vpid: 1, addr: 1 << 40, offset: 4096 }.encode().to_vec()),
+        ("incubator_socket", "want_all", Want::Maps { vpid: 1, first: 0 }.encode().to_vec()),
         ("bundle_archive", "file-and-link", archive.into_inner().expect("an archive")),
     ]
 }

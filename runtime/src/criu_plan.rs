@@ -226,6 +226,12 @@ pub fn mount_entry(key: &str, value: &str) -> Ext_mount_map {
     entry
 }
 
+/// Whether the container has a namespace of this kind to itself, or joins one.
+pub fn has_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let all = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    all.into_iter().flatten().any(|namespace| namespace.typ() == kind)
+}
+
 /// Path of a namespace that exists independently of the container.
 pub fn namespace_path(spec: &Spec, kind: LinuxNamespaceType) -> Option<PathBuf> {
     let linux = spec.linux().as_ref()?;

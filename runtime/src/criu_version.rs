@@ -18,6 +18,8 @@ type Stamp = (u64, u64, u64, i64, i64);
 
 static KNOWN: Mutex<BTreeMap<PathBuf, (Stamp, Version)>> = Mutex::new(BTreeMap::new());
 
+static WARM: Mutex<BTreeMap<PathBuf, Stamp>> = Mutex::new(BTreeMap::new());
+
 /// The version of this program; an error if it is missing or too old.
 pub fn of(program: &Path) -> Result<Version> {
     let Some((path, stamp)) = find(program) else { return Err(CriuError::Missing(program.to_owned()).into()) };
@@ -34,6 +36,18 @@ pub fn of(program: &Path) -> Result<Version> {
         bail!("CRIU {version} is too old, {OLDEST} or newer is needed; install a newer package criu");
     }
     Ok(version)
+}
+
+/// Lets CRIU look at this kernel, once for each installation. What it finds it keeps on a tmpfs until the next boot;
+/// otherwise the first dump or restore does so, inside somebody's pause.
+pub fn warm(program: &Path) {
+    let Some((path, stamp)) = find(program) else { return };
+    let mut warm = WARM.lock().unwrap_or_else(PoisonError::into_inner);
+    if warm.get(&path) != Some(&stamp) {
+        // Only time is lost if it fails, and the dump will say why.
+        let _ = Criu::new(program).features();
+        warm.insert(path, stamp);
+    }
 }
 
 /// The file that would be run: a name without a slash is looked for as a shell does.

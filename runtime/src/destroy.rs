@@ -13,6 +13,7 @@ use nix::sys::signal::Signal;
 use crate::cgroup::{self, Cgroup};
 use crate::inject::HostPaths;
 use crate::store::ContainerHandle;
+use crate::tmpfs;
 
 /// Where a restore binds the root file system, below the state directory.
 pub const CRIU_ROOT: &str = "criu-root";
@@ -90,6 +91,7 @@ fn empty(cgroup: &Cgroup) -> Result<()> {
 /// root file system bound in there: it is let go first, and nothing is
 /// removed while anything is still mounted, for that would be the user's.
 pub fn remove_state_dir(dir: &Path) -> Result<()> {
+    tmpfs::take_down(&dir.join(tmpfs::DIR));
     let bound = dir.join(CRIU_ROOT);
     // Several binds may lie on top of each other.
     for _ in 0..16 {

@@ -20,13 +20,15 @@ use crate::gate::Gate;
 use crate::inject::HostPaths;
 use crate::seal::{self, Seal};
 use crate::store::{self, ContainerHandle};
+use crate::tmpfs::{self, Tmpfs};
 use crate::{criu_version, destroy, handed, keeper, stdio};
 
 /// Log of dumps, a name engines know.
 pub const LOG: &str = "dump.log";
 /// What the image says about the container, for the restoring runtime.
 pub const FACTS: &str = "migrrdma.json";
-const FACTS_VERSION: u32 = 1;
+/// 2: content of tmpfs lies in files of ours.
+const FACTS_VERSION: u32 = 2;
 
 /// How to dump.
 #[derive(Debug, Clone)]
@@ -93,6 +95,9 @@ pub struct ImageFacts {
     /// Size at the dump of each file among the keys of descriptors.
     #[serde(default)]
     pub sizes: BTreeMap<String, u64>,
+    /// What CRIU has been told to leave to us.
+    #[serde(default)]
+    pub tmpfs: Vec<Tmpfs>,
     /// The files of the image itself.
     #[serde(default)]
     pub seal: Seal,
@@ -142,15 +147,21 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
     let mut opts = request(&handle, &spec, pid, options, &dirs)?;
     let files = outside.iter().map(|(key, _)| key).filter(|key| key.starts_with("file["));
     opts.external.extend(files.cloned());
+    let tmpfs = match options.pre_dump {
+        true => Vec::new(),
+        false => tmpfs::ours(&spec, &handle.sidecar.rootfs, pid)?,
+    };
+    opts.ext_mnt.extend(tmpfs.iter().map(|tmpfs| criu_plan::mount_entry(&tmpfs.at, &tmpfs.image)));
     let facts = ImageFacts {
         version: FACTS_VERSION,
         id: handle.id().to_owned(),
         shim: handle.sidecar.shim.clone(),
         outside,
         sizes: BTreeMap::new(),
+        tmpfs,
         seal: Seal::new(),
     };
-    run(&handle, opts, options, keys, facts, gate)?;
+    run(&handle, pid, opts, options, keys, facts, gate)?;
     drop(dirs);
     if options.leave_running || options.pre_dump {
         // CRIU leaves a cgroup it found frozen frozen; a status file may lag.
@@ -226,6 +237,7 @@ fn keep_memory(handle: &ContainerHandle, options: &DumpOptions) -> Result<()> {
 
 fn run(
     handle: &ContainerHandle,
+    pid: i32,
     opts: Criu_opts,
     options: &DumpOptions,
     keys: Vec<String>,
@@ -239,6 +251,7 @@ fn run(
             "post-dump" if !options.pre_dump => {
                 let images = &options.common.image_path;
                 keep_memory(handle, options)
+                    .and_then(|()| tmpfs::save(&facts.tmpfs, pid, images))
                     .and_then(|()| write_facts(handle, images, &keys, facts.clone()))
                     .and_then(|()| gate.post_dump())
             }
@@ -385,7 +398,7 @@ mod tests {
     fn facts_of_a_newer_version_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(ImageFacts::read(dir.path()).unwrap(), None);
-        fs::write(dir.path().join(FACTS), r#"{"version":2,"id":"x","shim":null,"later":1}"#).unwrap();
+        fs::write(dir.path().join(FACTS), r#"{"version":3,"id":"x","shim":null,"later":1}"#).unwrap();
         let err = ImageFacts::read(dir.path()).unwrap_err();
         assert!(err.to_string().contains("newer migrrdma"));
     }

@@ -45,6 +45,7 @@ mod starter;
 mod stdio;
 mod store;
 mod tenant;
+mod tmpfs;
 
 use std::ffi::OsString;
 use std::io::Write;

@@ -468,7 +468,9 @@ impl Host for MigrationHost {
     }
 
     fn criu(&self) -> host::Result<u32> {
-        criu_version::of(&self.criu).map(|v| v.0).map_err(told)
+        let version = criu_version::of(&self.criu).map_err(told)?;
+        criu_version::warm(&self.criu);
+        Ok(version.0)
     }
 }
 

@@ -12,7 +12,7 @@ use libcontainer::rootfs::utils::is_bind;
 use crate::rootfs;
 
 /// Makes what is missing. A mount point inside another bind mount is made in
-/// that mount's source; one inside a tmpfs comes back with CRIU's images.
+/// that mount's source; one inside a tmpfs comes back with what lies in it.
 pub fn make(spec: &Spec, root: &Path) -> Result<()> {
     let mounts: Vec<&Mount> = spec.mounts().iter().flatten().collect();
     for (n, mount) in mounts.iter().enumerate() {

@@ -24,6 +24,7 @@ use crate::gate::Gate;
 use crate::inject::HostPaths;
 use crate::launch::{self, Prepared};
 use crate::store::{self, ContainerHandle};
+use crate::tmpfs::Laid;
 use crate::{console, debris, destroy, memory, mountpoints, nodes, procfs, seal, stdio};
 
 /// Log of restores, a name engines know.
@@ -166,6 +167,8 @@ fn restore_in(
         opts.set_lsm_mount_context(context.clone());
     }
     external_mounts(&mut opts, prepared)?;
+    let laid = Laid::new(&facts.tmpfs, spec, &prepared.rootfs, &common.image_path, dir)?;
+    opts.ext_mnt.extend(laid.points().map(|(name, point)| criu_plan::mount_entry(name, &point.display().to_string())));
     for (key, file) in external_namespaces(&mut opts, spec)? {
         let fd = criu.pass_fd(file.into());
         opts.inherit_fd.push(inherit(key, fd));
@@ -219,6 +222,7 @@ fn restore_in(
         };
         criu.restore(opts, &mut notify)
     };
+    drop(laid);
     let pid = match (restored, refusal) {
         (Ok(pid), None) => pid,
         (Ok(_), Some(err)) | (Err(CriuError::Refused { .. }), Some(err)) => return Err(err),

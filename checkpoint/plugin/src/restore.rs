@@ -5,7 +5,7 @@
 use crate::criu::{self, ImageDir};
 use crate::files::{self, Record};
 use crate::image::{HandOver, RdmaImage};
-use crate::wire::{self, Answer, Want};
+use crate::wire::{self, Answer, BadPacket, MAX_PLACES, Want};
 use crate::{Stop, dump};
 use nix::cmsg_space;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -16,10 +16,10 @@ use nix::sys::socket::{
     socket, sockopt,
 };
 use nix::sys::time::TimeVal;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::IoSliceMut;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// How long the incubator may take for one answer, seconds.
 const PATIENCE_S: i64 = 20;
@@ -33,6 +33,15 @@ pub struct Restore {
     image: RdmaImage,
     files: BTreeMap<u32, Record>,
     socket: String,
+    /// What this task maps, once it has asked.
+    queues: Option<Queues>,
+}
+
+/// Descriptor and offset by address, of one process.
+#[derive(Debug)]
+struct Queues {
+    vpid: i32,
+    places: BTreeMap<u64, (i32, u64)>,
 }
 
 /// What CRIU shall map.
@@ -48,7 +57,7 @@ impl Restore {
         let Some(image) = dump::load(&dir)? else { return Ok(None) };
         let files = files::read(&dir)?;
         let socket = std::env::var(wire::SOCKET_ENV).unwrap_or_else(|_| wire::SOCKET.to_owned());
-        Ok(Some(Self { image, files, socket }))
+        Ok(Some(Self { image, files, socket, queues: None }))
     }
 
     /// `RESTORE_EXT_FILE`: the open file that shall be CRIU's file `id`.
@@ -75,7 +84,7 @@ impl Restore {
     ///
     /// CRIU does not stop when this hook fails but opens the path itself. So a failure hands it a file that cannot be
     /// mapped, and the restore ends there.
-    pub fn map(&self, path: &str, addr: u64, old_offset: u64) -> Result<Place, Stop> {
+    pub fn map(&mut self, path: &str, addr: u64, old_offset: u64) -> Result<Place, Stop> {
         let vpid = nix::unistd::getpid().as_raw();
         // A device that was handed over by an incubator once has no path in the container: the image names it
         // `file[MOUNT:INODE]`, and what is mapped there says whose it is.
@@ -85,9 +94,7 @@ impl Restore {
             return Err(Stop::NotOurs);
         }
         let result = match self.image.hand_over {
-            HandOver::Adopt => {
-                self.ask(Want::Map { vpid, addr, offset: old_offset }).map(|(fd, offset)| Place { fd, offset })
-            }
+            HandOver::Adopt => self.adopted(vpid, addr, old_offset),
             HandOver::Rebuild => self.placeholder(vpid, addr),
         };
         result.or_else(|why| {
@@ -95,6 +102,41 @@ impl Restore {
             let unmappable = File::open("/proc/self/stat").map_err(|e| format!("cannot open /proc/self/stat: {e}"))?;
             Ok(Place { fd: unmappable.into(), offset: 0 })
         })
+    }
+
+    /// CRIU has put a task's files in place before it maps anything, so what is told once for all queues is enough. Of a
+    /// process with other files under its numbers (it shares its parent's memory but not its report) every queue is asked
+    /// for by itself.
+    fn adopted(&mut self, vpid: i32, addr: u64, old_offset: u64) -> Result<Place, String> {
+        if self.queues.as_ref().is_none_or(|queues| queues.vpid != vpid) {
+            self.queues = Some(self.ask_for_all(vpid)?);
+        }
+        let known = self.queues.as_ref().and_then(|queues| queues.places.get(&addr).copied());
+        if let Some((fd, offset)) = known {
+            return duplicate(fd).map(|fd| Place { fd, offset });
+        }
+        self.ask(Want::Map { vpid, addr, offset: old_offset }).map(|(fd, offset)| Place { fd, offset })
+    }
+
+    fn ask_for_all(&self, vpid: i32) -> Result<Queues, String> {
+        let mut places = BTreeMap::new();
+        loop {
+            match self.talk(Want::Maps { vpid, first: places.len() as u32 })? {
+                (Answer::Places(more), _) => {
+                    let last = more.len() < MAX_PLACES;
+                    places.extend(more.iter().map(|place| (place.addr, (place.fd, place.offset))));
+                    if last {
+                        let files: BTreeSet<RawFd> = places.values().map(|(fd, _)| *fd).collect();
+                        let other: BTreeSet<RawFd> = files.into_iter().filter(|fd| !is_device(*fd)).collect();
+                        places.retain(|_, (fd, _)| !other.contains(fd));
+                        return Ok(Queues { vpid, places });
+                    }
+                }
+                // Nothing of it is known: who asks for one by itself hears why.
+                (Answer::Refused { .. }, _) => return Ok(Queues { vpid, places }),
+                (Answer::Granted { .. }, _) => return Err(BadPacket.to_string()),
+            }
+        }
     }
 
     /// Length of the queue that this process has at this address.
@@ -119,8 +161,18 @@ impl Restore {
         Ok(Place { fd: memory, offset: 0 })
     }
 
-    /// Asks the incubator for one thing; nothing stays open but what it gives.
+    /// Asks the incubator for one file.
     fn ask(&self, want: Want) -> Result<(OwnedFd, u64), String> {
+        match self.talk(want)? {
+            (Answer::Granted { offset }, Some(fd)) => Ok((fd, offset)),
+            (Answer::Granted { .. }, None) => Err(format!("the incubator granted {want:?} but sent no descriptor")),
+            (Answer::Refused { why }, _) => Err(why),
+            (Answer::Places(_), _) => Err(BadPacket.to_string()),
+        }
+    }
+
+    /// Asks the incubator; nothing stays open but what it gives.
+    fn talk(&self, want: Want) -> Result<(Answer, Option<OwnedFd>), String> {
         let path = &self.socket;
         let fail = |what: &str, e: nix::errno::Errno| format!("{what} the incubator at {path}: {e}");
         let talk = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
@@ -132,7 +184,7 @@ impl Restore {
         connect(talk.as_raw_fd(), &address).map_err(|e| fail("cannot reach", e))?;
         send(talk.as_raw_fd(), &want.encode(), MsgFlags::MSG_NOSIGNAL).map_err(|e| fail("cannot ask", e))?;
 
-        let mut packet = [0; wire::MAX_REPLY + 1];
+        let mut packet = vec![0; wire::MAX_REPLY + 1];
         let mut control = cmsg_space!(RawFd);
         let mut parts = [IoSliceMut::new(&mut packet)];
         let (len, fd) = {
@@ -144,13 +196,24 @@ impl Restore {
             });
             (reply.bytes, fds.and_then(|fds| fds.first().copied()).map(own))
         };
-        match (Answer::decode(&packet[..len]), fd) {
-            (Ok(Answer::Granted { offset }), Some(fd)) => Ok((fd, offset)),
-            (Ok(Answer::Granted { .. }), None) => Err(format!("the incubator granted {want:?} but sent no descriptor")),
-            (Ok(Answer::Refused { why }), _) => Err(why),
-            (Err(bad), _) => Err(bad.to_string()),
-        }
+        Answer::decode(&packet[..len]).map(|answer| (answer, fd)).map_err(|bad| bad.to_string())
     }
+}
+
+/// Whether this task has an RDMA device open under this number.
+fn is_device(fd: RawFd) -> bool {
+    nix::sys::stat::fstat(borrow(fd)).is_ok_and(|stat| dump::is_rdma_device(&stat))
+}
+
+/// One more descriptor of what this task has open under this number.
+fn duplicate(fd: RawFd) -> Result<OwnedFd, String> {
+    borrow(fd).try_clone_to_owned().map_err(|e| format!("cannot duplicate descriptor {fd}: {e}"))
+}
+
+#[expect(unsafe_code, reason = "the image knows descriptors by number")]
+fn borrow<'a>(fd: RawFd) -> BorrowedFd<'a> {
+    // SAFETY: the callers look at it or duplicate it, at once; a number that is not open gives EBADF.
+    unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
 #[expect(unsafe_code, reason = "nix returns received descriptors as plain numbers")]

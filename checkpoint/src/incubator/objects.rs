@@ -8,6 +8,7 @@ use super::gid;
 use super::mr::{Files, Memory, Mr};
 use super::proto::Link;
 use super::qp::{self, Qp};
+use super::wire::Place;
 use crate::uverbs::abi::QueryDeviceResp;
 use crate::uverbs::context::{CqAttr, SrqAttr};
 use crate::uverbs::{Context, Device, Mapping, UverbsError};
@@ -170,6 +171,19 @@ impl Objects {
             }
         }
         Err(format!("process {vpid} maps an RDMA device at {addr:#x}, which is no queue its shim reported"))
+    }
+
+    /// Every queue that process `vpid` had mapped, in the order of their addresses.
+    pub fn places(&self, vpid: i32) -> Result<Vec<Place>, String> {
+        let homes =
+            self.processes.get(&Vpid(vpid)).ok_or_else(|| format!("process {vpid} has no RDMA objects here"))?;
+        let of = |home: &Home| -> Vec<Place> {
+            let place = |old: QueueMap, new: Mapping| Place { addr: old.addr, fd: home.cmd_fd, offset: new.offset };
+            home.queues().map(|(_, old, new)| place(old, new)).collect()
+        };
+        let mut places: Vec<Place> = homes.values().flat_map(of).collect();
+        places.sort_by_key(|place| place.addr);
+        Ok(places)
     }
 
     /// What restored processes have to take over.

@@ -3,7 +3,7 @@
 
 use super::objects::{Expected, Objects};
 use super::proto::Handed;
-use super::wire::{Answer, BadPacket, REQUEST, Want};
+use super::wire::{Answer, BadPacket, MAX_PLACES, REQUEST, Want};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, listen, recv,
     sendmsg, setsockopt, socket, sockopt,
@@ -117,6 +117,15 @@ impl Service {
                 Ok(grant) => {
                     self.maps.insert((vpid, addr));
                     (Answer::Granted { offset: grant.offset }, Some(grant.fd))
+                }
+                Err(why) => (Answer::Refused { why }, None),
+            },
+            // It maps them from files it has, so who has been told has them.
+            Want::Maps { vpid, first } => match objects.places(vpid) {
+                Ok(all) => {
+                    let places: Vec<_> = all.into_iter().skip(first as usize).take(MAX_PLACES).collect();
+                    self.maps.extend(places.iter().map(|place| (vpid, place.addr)));
+                    (Answer::Places(places), None)
                 }
                 Err(why) => (Answer::Refused { why }, None),
             },

@@ -42,11 +42,13 @@ fn it_answers_the_plugin_only_while_armed_and_leaves_no_socket() {
     let want = Want::File { vpid: 1, fd: 3 }.encode();
     let refused = |answer: Answer| match answer {
         Answer::Refused { why } => why,
-        Answer::Granted { .. } => panic!("granted"),
+        granted => panic!("{granted:?}"),
     };
     assert!(refused(ask(&path, &want)).contains("no restore"));
     assert_eq!(talk(&parent, &Command::Arm(true)), Reply::Done);
     assert!(refused(ask(&path, &want)).contains("process 1 has no RDMA file 3"));
+    let all = Want::Maps { vpid: 1, first: 0 }.encode();
+    assert!(refused(ask(&path, &all)).contains("process 1 has no RDMA objects"));
     assert!(refused(ask(&path, b"garbage")).contains("same version"));
     assert_eq!(talk(&parent, &Command::Arm(false)), Reply::Done);
     assert!(refused(ask(&path, &want)).contains("no restore"));

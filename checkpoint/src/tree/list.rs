@@ -12,6 +12,9 @@ use super::mark;
 /// More entries than any root file system has.
 const MOST: usize = 8 << 20;
 
+/// What `st_blocks` counts, bytes.
+const BLOCK: u64 = 512;
+
 /// File systems keep times by the tick of a clock: what was written this shortly before it was listed may be written
 /// again without a trace.
 const TICK: Duration = Duration::from_secs(2);
@@ -31,6 +34,8 @@ pub struct Node {
     pub rdev: u64,
     /// What hard links to one file have in common; `None` for a file with one name.
     pub twin: Option<(u64, u64)>,
+    /// Something is mounted over it: only the place is listed.
+    pub covered: bool,
 }
 
 impl Node {
@@ -45,7 +50,15 @@ impl Node {
             ctime: (meta.ctime(), meta.ctime_nsec()),
             rdev: meta.rdev(),
             twin: (!meta.is_dir() && meta.nlink() > 1).then(|| (meta.dev(), meta.ino())),
+            covered: false,
         }
+    }
+
+    /// A place for a mount: what it covers cannot be seen.
+    fn place(dir: bool) -> Self {
+        let mode = if dir { libc::S_IFDIR | 0o755 } else { libc::S_IFREG | 0o644 };
+        let (mtime, ctime) = ((0, 0), (0, 0));
+        Node { mode, uid: 0, gid: 0, size: 0, mtime, ctime, rdev: 0, twin: None, covered: true }
     }
 
     pub fn is_dir(&self) -> bool {
@@ -58,6 +71,8 @@ impl Node {
 pub struct Listing {
     /// By path below the directory; parents come before their children. The directory itself has the empty path.
     pub nodes: BTreeMap<PathBuf, Node>,
+    /// Bytes that files take on their file system; less than [`Listing::bytes`] where they have holes.
+    pub held: u64,
     began: SystemTime,
 }
 
@@ -87,10 +102,35 @@ impl Listing {
 /// Lists `dir`. Other file systems mounted below are left out, but for the one at `dir/inner`; so are sockets, and the
 /// directories an overlay mounted there is made of: what they hold is seen through it.
 pub fn list(dir: &Path, inner: &Path) -> io::Result<Listing> {
-    let began = SystemTime::now();
     let inner = dir.join(inner);
-    let apart = overlay_parts(&fs::read_to_string("/proc/self/mountinfo")?, &inner);
+    let mut apart = overlay_parts(&fs::read_to_string("/proc/self/mountinfo")?, &inner);
+    apart.push(dir.join(mark::FILE));
+    walk(dir, |path, meta, dev| match () {
+        () if apart.iter().any(|part| part == path) => Found::Nothing,
+        // A mount: what it covers is not ours to see.
+        () if meta.is_dir() && meta.dev() != dev && path != inner => Found::Nothing,
+        () => Found::Node,
+    })
+}
+
+/// Lists one file system that is mounted at `dir`. Of what is mounted over parts of it only the places are listed, and
+/// sockets are left out.
+pub fn list_one(dir: &Path) -> io::Result<Listing> {
+    walk(dir, |_, meta, dev| if meta.dev() == dev { Found::Node } else { Found::Place })
+}
+
+/// What is made of an entry.
+enum Found {
+    Node,
+    Place,
+    Nothing,
+}
+
+/// `what` decides by path, metadata and the device of the directory.
+fn walk(dir: &Path, what: impl Fn(&Path, &Metadata, u64) -> Found) -> io::Result<Listing> {
+    let began = SystemTime::now();
     let mut nodes = BTreeMap::new();
+    let mut held = 0;
     let top = fs::symlink_metadata(dir)?;
     let mut todo = vec![(dir.to_owned(), top.dev())];
     nodes.insert(PathBuf::new(), Node::of(&top));
@@ -108,17 +148,19 @@ pub fn list(dir: &Path, inner: &Path) -> io::Result<Listing> {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 Err(e) => return Err(named(&path, e)),
             };
-            if meta.file_type().is_socket() || apart.contains(&path) || path == dir.join(mark::FILE) {
+            if meta.file_type().is_socket() {
                 continue;
             }
-            let node = Node::of(&meta);
-            if node.is_dir() {
-                if path == inner || meta.dev() == dev {
-                    todo.push((path.clone(), meta.dev()));
-                } else {
-                    // A mount: what it covers is not ours to see.
-                    continue;
-                }
+            let node = match what(&path, &meta, dev) {
+                Found::Nothing => continue,
+                Found::Place => Node::place(meta.is_dir()),
+                Found::Node => Node::of(&meta),
+            };
+            if node.is_dir() && !node.covered {
+                todo.push((path.clone(), meta.dev()));
+            }
+            if meta.is_file() && !node.covered {
+                held += meta.blocks() * BLOCK;
             }
             if nodes.len() >= MOST {
                 return Err(named(dir, io::Error::other(format!("it has more than {MOST} entries"))));
@@ -127,7 +169,7 @@ pub fn list(dir: &Path, inner: &Path) -> io::Result<Listing> {
             nodes.insert(below.to_owned(), node);
         }
     }
-    Ok(Listing { nodes, began })
+    Ok(Listing { nodes, held, began })
 }
 
 fn named(path: &Path, e: io::Error) -> io::Error {

@@ -64,6 +64,10 @@ fn one<W: Write>(
         }
         first.insert(twin, path.to_owned());
     }
+    if node.covered {
+        header.set_entry_type(if node.is_dir() { EntryType::Directory } else { EntryType::Regular });
+        return tar.append_data(&mut header, name, io::empty());
+    }
     let (parent, last) = beneath::parent(top, path)?;
     let full = beneath::at(&parent, &last);
     // Opened before anything of it is written: it may be gone.

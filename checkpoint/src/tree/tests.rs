@@ -183,3 +183,61 @@ proptest::proptest! {
         let _ = Target::open(dir.path()).unwrap().unpack(&bytes[..], 1 << 20);
     }
 }
+
+/// In a mount namespace of its own, as root.
+fn with_mounts(run: impl FnOnce() + Send + 'static) {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+    let thread = std::thread::spawn(move || {
+        if !nix::unistd::geteuid().is_root() {
+            // The kernel refuses, and there is nothing to show.
+            assert!(unshare(CloneFlags::CLONE_NEWNS).is_err());
+            return;
+        }
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>).unwrap();
+        run();
+    });
+    thread.join().unwrap();
+}
+
+#[test]
+fn of_one_file_system_what_is_mounted_over_it_leaves_its_place() {
+    use nix::mount::{MsFlags, mount};
+    with_mounts(|| {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let tmpfs = |at: &Path| mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let at = |p: &str| from.path().join(p);
+        tmpfs(from.path());
+        fs::create_dir(at("inner")).unwrap();
+        tmpfs(&at("inner"));
+        fs::write(at("inner/hidden"), "x").unwrap();
+        fs::write(at("log"), "covered").unwrap();
+        mount(Some("/dev/null"), &at("log"), None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        fs::write(at("kept"), "kept").unwrap();
+        let listing = super::list::list_one(from.path()).unwrap();
+        let bytes = packed(from.path(), &listing);
+        Target::any(to.path()).unwrap().unpack(bytes.as_slice(), 1 << 20).unwrap();
+        assert_eq!(fs::read_to_string(to.path().join("kept")).unwrap(), "kept");
+        assert!(fs::read_dir(to.path().join("inner")).unwrap().next().is_none(), "the place of a mount is empty");
+        assert_eq!(fs::read_to_string(to.path().join("log")).unwrap(), "");
+    });
+}
+
+#[test]
+fn holes_come_out_as_holes() {
+    use std::os::unix::fs::FileExt;
+    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let file = fs::File::create(from.path().join("holes")).unwrap();
+    file.write_all_at(b"begin", 0).unwrap();
+    file.write_all_at(b"middle", (4 << 20) + 5).unwrap();
+    file.set_len(8 << 20).unwrap();
+    let listing = super::list::list_one(from.path()).unwrap();
+    assert!(listing.bytes() == 8 << 20 && listing.held < 1 << 20, "{} of {}", listing.held, listing.bytes());
+    let bytes = packed(from.path(), &listing);
+    Target::any(to.path()).unwrap().unpack(bytes.as_slice(), 16 << 20).unwrap();
+    let there = fs::metadata(to.path().join("holes")).unwrap();
+    assert!(there.len() == 8 << 20 && there.blocks() * 512 < 1 << 20, "{} blocks", there.blocks());
+    let same = fs::read(to.path().join("holes")).unwrap() == fs::read(from.path().join("holes")).unwrap();
+    assert!(same, "the content is another");
+}

@@ -7,7 +7,7 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, lchown, symlink};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat};
@@ -18,6 +18,10 @@ use super::beneath::{self, at};
 use super::pack::{XATTR, travels};
 use super::{list, mark};
 
+/// Smallest hole, bytes; and so many of them are looked at together.
+const PAGE: usize = 4096;
+const PAGES: usize = 64;
+
 /// Longest value of an extended attribute the kernel takes.
 const VALUE: usize = 64 << 10;
 
@@ -26,12 +30,19 @@ const VALUE: usize = 64 << 10;
 pub struct Target {
     dir: PathBuf,
     fd: OwnedFd,
+    /// No archive brings it.
+    reserved: Option<&'static Path>,
 }
 
 impl Target {
-    /// An existing directory.
+    /// The directory of a bundle, which exists.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        Ok(Target { dir: dir.to_owned(), fd: File::open(dir)?.into() })
+        Ok(Target { reserved: Some(Path::new(mark::FILE)), ..Self::any(dir)? })
+    }
+
+    /// Any other directory that exists.
+    pub fn any(dir: &Path) -> io::Result<Self> {
+        Ok(Target { dir: dir.to_owned(), fd: File::open(dir)?.into(), reserved: None })
     }
 
     /// Unpacks an archive of at most `limit` bytes of content over what is there. Returns the paths it named.
@@ -69,7 +80,7 @@ impl Target {
     /// Removes one path with everything below; harmless if it is not there.
     pub fn remove(&self, path: &Path) -> io::Result<()> {
         let path = plain(path)?;
-        if path.as_os_str().is_empty() || path == Path::new(mark::FILE) {
+        if path.as_os_str().is_empty() || self.reserved == Some(path.as_path()) {
             return Ok(());
         }
         match beneath::parent(&self.fd, &path) {
@@ -80,7 +91,7 @@ impl Target {
     }
 
     fn one(&self, path: &Path, entry: &mut Entry<'_, impl Read>, times: &mut BTreeMap<PathBuf, i64>) -> io::Result<()> {
-        if path == Path::new(mark::FILE) {
+        if self.reserved == Some(path) {
             return Err(io::Error::other("this host writes it itself"));
         }
         let attributes = attributes(entry)?;
@@ -114,7 +125,7 @@ impl Target {
                     .mode(0o600)
                     .custom_flags(libc::O_NOFOLLOW)
                     .open(&full)?;
-                io::copy(entry, &mut file)?;
+                copy(entry, &mut file)?;
             }
             EntryType::Symlink => symlink(link()?, &full)?,
             EntryType::Link => {
@@ -140,6 +151,32 @@ impl Target {
             _ => set_time(&full, mtime)?,
         }
         Ok(())
+    }
+}
+
+/// Copies what is not zero; the rest are holes.
+fn copy(from: &mut impl Read, to: &mut File) -> io::Result<()> {
+    let mut buf = vec![0; PAGES * PAGE];
+    let mut at = 0;
+    loop {
+        let mut n = 0;
+        while n < buf.len() {
+            match from.read(&mut buf[n..]) {
+                Ok(0) => break,
+                Ok(read) => n += read,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        for page in buf[..n].chunks(PAGE) {
+            if page.iter().any(|byte| *byte != 0) {
+                to.write_all_at(page, at)?;
+            }
+            at += page.len() as u64;
+        }
+        if n < buf.len() {
+            return to.set_len(at);
+        }
     }
 }
 

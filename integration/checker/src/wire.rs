@@ -16,6 +16,8 @@ use std::time::Duration;
 pub const VERSION: u32 = 1;
 /// Longest message.
 const LINE: usize = 8 << 20;
+/// An interruption of waiting for a client costs at most so much of the time for it, milliseconds.
+const SLICE_MS: i32 = 1000;
 
 /// What one lane has done, for the other end to compare with what it saw.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,9 +100,13 @@ impl Wire {
     /// # Errors
     /// When nobody comes in time.
     pub fn accept(listener: &TcpListener, patience: Duration) -> Result<Self> {
-        let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
-        if !wake::readable(listener.as_raw_fd(), ms)? {
-            bail!("no client came within {} s", patience.as_secs());
+        // In slices: a wait that is interrupted, as by a move, costs one of them.
+        let mut left = patience;
+        while !wake::readable(listener.as_raw_fd(), SLICE_MS)? {
+            left = left.saturating_sub(Duration::from_millis(SLICE_MS.unsigned_abs().into()));
+            if left.is_zero() {
+                bail!("no client came within {} s", patience.as_secs());
+            }
         }
         Self::over(listener.accept().context("accept a client")?.0)
     }

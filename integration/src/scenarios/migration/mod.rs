@@ -24,6 +24,7 @@ mod rebuild;
 pub mod settled;
 pub mod stage;
 mod surroundings;
+mod tmpfs;
 mod undone;
 
 use crate::scenario::Scenario;
@@ -36,6 +37,7 @@ pub const GROUPS: &[&[Scenario]] = &[
     handshake::CLAIMS,
     perftest::CLAIMS,
     processes::CLAIMS,
+    tmpfs::CLAIMS,
     precopy::CLAIMS,
     rebuild::CLAIMS,
     failures::CLAIMS,
