@@ -70,9 +70,13 @@ fn cut(ctx: &mut Context, line: Line) -> Result<()> {
 /// One migration during which two nodes are apart for a while; where the container is then.
 fn once(stage: &mut Stage, pair: &Pair, to: &str, phase: &str, one: &str, other: &str) -> Result<&'static str> {
     let there = stage.ctx.node(other)?.spec.rdma_ip();
+    // A table of its own, which leaves nothing behind.
     let both = format!(
-        "iptables -w -I INPUT -p tcp -s {there} -j DROP && iptables -w -I OUTPUT -p tcp -d {there} -j DROP; sleep {LONG}; \
-         iptables -w -D INPUT -p tcp -s {there} -j DROP; iptables -w -D OUTPUT -p tcp -d {there} -j DROP"
+        "nft 'add table ip cut
+              add chain ip cut in {{ type filter hook input priority 0; }}
+              add chain ip cut out {{ type filter hook output priority 0; }}
+              add rule ip cut in ip saddr {there} meta l4proto tcp drop
+              add rule ip cut out ip daddr {there} meta l4proto tcp drop' && sleep {LONG}; nft delete table ip cut"
     );
     let running = stage.begin_migration(&pair.client, to, &[])?;
     running.wait_for(&format!("\"enter\",\"phase\":\"{phase}\""), Duration::from_secs(120))?;
