@@ -24,11 +24,12 @@ truncate -s 40000000 holes; echo end >>holes; head -c 300000 /dev/urandom >noise
 exec 3>gone; rm gone; echo deleted >&3
 i=0; while :; do i=$((i+1)); echo $i >count; sleep 0.1; done";
 
-/// All of it in text, but for what changes.
+/// All of it in text, but for what changes: RDMA devices are called otherwise on another host, and masked files are covered
+/// by that host's `/dev/null`.
 const INVENTORY: &str = "cd /dev/shm; find . ! -name count ! -path . -printf '%P %y %m %U %G %n %s %l\\n' | sort
 sha256sum noise holes deep/file; cat /proc/1/fd/3; [ $(stat -c %b holes) -lt 1000 ] && [ twin -ef deep/file ] && echo linked
-cd /dev; find . -xdev ! -path . -printf '%P %y %m %U %G %l\\n' | sort; stat -c '%n %t %T' null zero random
-cut -d' ' -f4- /proc/1/mountinfo | sed 's/ \\(shared\\|master\\):[0-9]*//' | grep tmpfs | sort";
+cd /dev; find . -xdev ! -path . ! -path './infiniband*' -printf '%P %y %m %U %G %l\\n' | sort; stat -c '%n %t %T' null zero random
+cut -d' ' -f4- /proc/1/mountinfo | sed 's/ \\(shared\\|master\\):[0-9]*//' | grep '^/ .* tmpfs ' | sort";
 
 fn inventory(stage: &Stage) -> Result<String> {
     let node = stage.node_of(KEEPER)?;
