@@ -190,7 +190,7 @@ fn images_on_disk(ctx: &mut Context) -> Result<()> {
         ("garbage", "head -c 300 /dev/urandom > /tmp/bad/inventory.img", &["inventory.img", "instead of"]),
         (
             "a newer version",
-            "sed -i 's/\"version\":1/\"version\":9/' /tmp/bad/migrrdma.json && grep -q '\"version\":9' /tmp/bad/migrrdma.json",
+            "sed -i 's/\"version\":[0-9]*/\"version\":9/' /tmp/bad/migrrdma.json && grep -q '\"version\":9' /tmp/bad/migrrdma.json",
             &["version 9", "newer migrrdma"],
         ),
     ] {

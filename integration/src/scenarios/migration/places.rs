@@ -2,11 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
-use super::stage::{CHECKER, Pair, Stage, alone_moves, plainly};
-use crate::lab::deploy::AGENT;
-use crate::lab::topology::RDMA_IF;
+use super::stage::{Pair, Stage, alone_moves, plainly};
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(300);
@@ -43,12 +41,6 @@ pub const CLAIMS: &[Scenario] = &[
         limit: LIMIT,
         run: numbers_reused,
     },
-    Scenario {
-        name: "a moved container is connected to anew while its old host is switched off",
-        long: true,
-        limit: LIMIT,
-        run: old_host_off,
-    },
 ];
 
 fn both_move(ctx: &mut Context) -> Result<()> {
@@ -72,35 +64,6 @@ fn same_host(ctx: &mut Context) -> Result<()> {
         stage.flow(&pair.client, 200)?;
     }
     pair.judge(&mut stage)?;
-    stage.finish()
-}
-
-/// The server has two processes. One is connected to before the move, the other after the host it was started on has
-/// become silent.
-fn old_host_off(ctx: &mut Context) -> Result<()> {
-    let mut stage = Stage::new(ctx);
-    let (server, early, late) = ("ck-server0", "ck-client0", "ck-client1");
-    let command = [CHECKER, "server", "--progress", "2", "--processes", "2", "--connect-timeout", "600"];
-    stage.run(server, 120, &["src", "dst"], &command)?;
-    stage.wait_log(server, "two listeners", |t| t.matches("\"listening\"").count() == 2)?;
-    let client = |port: &'static str| {
-        let connect = [CHECKER, "client", "--connect", "10.20.0.120", "--port", port];
-        [&connect[..], &["--qps", "2", "--duration", "0", "--progress", "1"]].concat()
-    };
-    stage.run(early, 121, &["peer"], &client("18515"))?;
-    stage.flow(early, 200)?;
-    stage.migrate(server, "dst")?;
-    stage.flow(early, 200)?;
-    stage.ctx.src.sh(&format!("systemctl stop {AGENT} && ip link set {RDMA_IF} down"))?;
-    stage.run(late, 122, &["peer"], &client("18516"))?;
-    stage.flow(late, 200).context("the new connection")?;
-    stage.flow(early, 200).context("the old connection")?;
-    for name in [early, late] {
-        stage.terminate(name)?;
-        stage.verdict(name)?;
-    }
-    stage.verdict(server)?;
-    stage.ctx.src.sh(&format!("ip link set {RDMA_IF} up && systemctl start {AGENT}"))?;
     stage.finish()
 }
 
