@@ -99,16 +99,30 @@ pub fn ensure_for_fuzzing() -> Result<()> {
 }
 
 fn ensure_all(needs: &[Need]) -> Result<()> {
-    let missing: Vec<&Need> = needs.iter().filter(|n| !n.probe.present()).collect();
-    if missing.is_empty() {
-        return Ok(());
+    let absent = || needs.iter().filter(|n| !n.probe.present()).collect::<Vec<&Need>>();
+    let mut missing = absent();
+    // apt may remove what was there to install what was not, where the two come from different suites.
+    for _ in 0..2 {
+        if missing.is_empty() {
+            return Ok(());
+        }
+        install_all(&missing)?;
+        missing = absent();
     }
+    match missing.first() {
+        None => Ok(()),
+        Some(still) => bail!("{} was installed but what it is needed for is not there", still.package),
+    }
+}
+
+fn install_all(missing: &[&Need]) -> Result<()> {
     eprintln!("set-up: installing with apt-get:");
-    for need in &missing {
+    for need in missing {
         eprintln!("  {:24} {}", need.package, need.why);
     }
+    let names: BTreeSet<&str> = missing.iter().map(|n| n.package).collect();
     if !nix::unistd::geteuid().is_root() {
-        let names: Vec<_> = missing.iter().map(|n| n.package).collect();
+        let names: Vec<_> = names.into_iter().collect();
         bail!(
             "installing packages needs root; run this as root, or install them yourself: apt-get install {}",
             names.join(" ")
@@ -117,12 +131,7 @@ fn ensure_all(needs: &[Need]) -> Result<()> {
     if !Probe::Program("apt-get").present() {
         bail!("no apt-get on this machine; install the packages above with your own package manager");
     }
-    let names: BTreeSet<&str> = missing.iter().map(|n| n.package).collect();
-    install(&names)?;
-    if let Some(still) = missing.iter().find(|n| !n.probe.present()) {
-        bail!("{} was installed but what it is needed for is not there", still.package);
-    }
-    Ok(())
+    install(&names)
 }
 
 fn install(names: &BTreeSet<&str>) -> Result<()> {
