@@ -23,6 +23,7 @@ use crate::agent::procs::Process;
 use crate::agent::shims::ShimError;
 use crate::agent::under_way::UnderWay;
 use crate::agent::{Agent, LOCAL, chain};
+use crate::likeness::Likeness;
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, Lease, MovedProcess, Order};
 use crate::record::Records;
@@ -138,6 +139,15 @@ impl Host for HandHost {
     }
     fn drop_memory_files(&self, id: &str) {
         self.host.drop_memory_files(id);
+    }
+    fn likenesses(&self, id: &str) -> Result<Vec<Likeness>> {
+        self.host.likenesses(id)
+    }
+    fn show(&self, id: &str, devices: &[Likeness]) -> Result<()> {
+        self.host.show(id, devices)
+    }
+    fn show_no_more(&self, id: &str) {
+        self.host.show_no_more(id);
     }
     fn remove_broken_off(&self, id: &str, images: &Path) -> Result<()> {
         self.host.remove_broken_off(id, images)

@@ -98,6 +98,8 @@ pub(super) struct Arrival {
     pub(super) landing: Option<Landing>,
     /// Registered memory that comes along.
     memory: Option<Memory>,
+    /// Something lies ready for its sysfs.
+    pub(super) shown: bool,
     /// When the source last said something, or answered.
     pub heard: Instant,
     /// It comes from files.
@@ -116,6 +118,7 @@ impl Arrival {
             since: Instant::now(),
             landing: None,
             memory: None,
+            shown: false,
             heard: Instant::now(),
             by_hand: None,
         }
@@ -228,6 +231,9 @@ impl Arrival {
         let state = std::mem::replace(&mut self.state, State::Gone);
         let name = order.name();
         let (state, answer) = match (state, order) {
+            (state @ State::Gathering { .. }, Order::Show { devices }) => {
+                (state, self.show(agent, &devices).map(|()| Answer::Done).map_err(failed))
+            }
             (State::Gathering { mut nursery, store }, Order::Incubate { states }) => {
                 let answer = self.incubate(agent, &mut nursery, states);
                 (State::Gathering { nursery, store }, answer)
@@ -566,8 +572,12 @@ impl Arrival {
         if nursed && agent.host.container(container).is_err() {
             remove_dir(agent.doors.of(container));
         }
-        if self.memory.take().is_some() && agent.host.container(container).is_err() {
+        let nobody = agent.host.container(container).is_err();
+        if self.memory.take().is_some() && nobody {
             agent.host.drop_memory_files(container);
+        }
+        if std::mem::take(&mut self.shown) && nobody {
+            agent.host.show_no_more(container);
         }
         if let Some(landing) = self.landing.take() {
             landing.remove();

@@ -6,6 +6,7 @@ use rdma_virt::id::{Handle, ObjId, PGid, PQpn, VGid, VQpn, Vpid};
 use rdma_virt::saved::{ContextState, GidEntry, ProcessState, QpAttr, QpCap, QpPhase, QpState, Remote};
 
 use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Result, Wire};
+use crate::likeness::Likeness;
 
 /// GID of the source, of the destination, of the peer's host.
 pub const SRC: [u8; 16] = [1; 16];
@@ -115,6 +116,13 @@ impl Host for IdleHost {
         never()
     }
     fn drop_memory_files(&self, _: &str) {}
+    fn likenesses(&self, _: &str) -> Result<Vec<Likeness>> {
+        Ok(Vec::new())
+    }
+    fn show(&self, _: &str, _: &[Likeness]) -> Result<()> {
+        never()
+    }
+    fn show_no_more(&self, _: &str) {}
     fn remove_broken_off(&self, _: &str, _: &Path) -> Result<()> {
         Ok(())
     }

@@ -86,6 +86,7 @@ pub(crate) mod regmem;
 pub mod revive;
 pub mod setup;
 mod shipping;
+mod shown;
 pub mod source;
 pub mod store;
 pub mod world;

@@ -224,7 +224,8 @@ impl Run<'_> {
             lease: (self.lease.first, self.lease.count),
             plan,
         });
-        image::write(images, &image).map_err(|e| Stop::Failed(chain(&e)))
+        image::write(images, &image).map_err(|e| Stop::Failed(chain(&e)))?;
+        self.show_in(images)
     }
 
     /// The image is complete, and the container goes on with its peers as if nothing had been.

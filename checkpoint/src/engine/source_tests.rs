@@ -10,6 +10,7 @@ use crate::agent::under_way::UnderWay;
 use crate::engine::fixture::{DST, process, qp};
 use crate::engine::host::{DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob};
 use crate::engine::world::OwnShim;
+use crate::likeness::Likeness;
 use crate::net::msg::{BornQp, End as FarShim, FarEnd, MovedProcess};
 use crate::record::Records;
 use proptest::prelude::*;
@@ -408,6 +409,13 @@ impl Host for Script {
         Err(HostError("not here".into()))
     }
     fn drop_memory_files(&self, _: &str) {}
+    fn likenesses(&self, _: &str) -> crate::engine::host::Result<Vec<Likeness>> {
+        Ok(Vec::new())
+    }
+    fn show(&self, _: &str, _: &[Likeness]) -> crate::engine::host::Result<()> {
+        Err(HostError("not here".into()))
+    }
+    fn show_no_more(&self, _: &str) {}
     fn remove_broken_off(&self, _: &str, _: &Path) -> crate::engine::host::Result<()> {
         Ok(())
     }

@@ -18,9 +18,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::image::{HandOver, Secret};
+use crate::likeness::Likeness;
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 7;
+pub const VERSION: u16 = 8;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -109,6 +110,8 @@ pub enum Order {
     // ---- the destination -------------------------------------------------------------------------------------------
     /// Could you take this container? With `dry_run` nothing is kept. → [`Answer::Offered`]
     Offer { offer: Box<Offer>, dry_run: bool },
+    /// Sysfs shall show the container these devices as it knew them. → [`Answer::Done`]
+    Show { devices: Vec<Likeness> },
     /// Make kernel objects equal to these, or bring those made before to this state. → [`Answer::Incubated`]
     Incubate { states: Vec<ProcessState> },
     /// Connect the new QPs. → [`Answer::Done`]
@@ -176,6 +179,7 @@ impl Order {
             Order::Park { .. } => "park",
             Order::Unpark { .. } => "unpark",
             Order::Offer { .. } => "offer",
+            Order::Show { .. } => "show",
             Order::Incubate { .. } => "incubate",
             Order::Join { .. } => "join",
             Order::TreeStart { .. } | Order::TreePiece { .. } | Order::TreeEnd => "tree",
