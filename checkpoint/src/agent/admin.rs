@@ -8,7 +8,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -119,6 +119,9 @@ pub enum Event {
     /// Restore now; an incubator waits for the plugin, or the image needs none.
     Restore {
         incubator: bool,
+        /// Where the next agent looks for the program, if this one goes away before its word at the gate.
+        #[serde(default)]
+        door: Option<PathBuf>,
     },
     /// Past the gate.
     Go,

@@ -172,6 +172,7 @@ impl Agent {
         Ok(Arc::new(Agent {
             moved: Moved::open(&config.state_dir)?,
             records: Records::open(&config.state_dir)?,
+            sessions: sessions::Sessions::open(&config.state_dir)?,
             desk: Desk::default(),
             client,
             doors,
@@ -182,7 +183,6 @@ impl Agent {
             under_way,
             metrics: Metrics::default(),
             running: Mutex::default(),
-            sessions: sessions::Sessions::default(),
             claims: Mutex::default(),
             let_go: Mutex::default(),
             began: Instant::now(),
@@ -207,6 +207,7 @@ impl Agent {
         engine::prepared::take_up(self);
         self.recall_claims(held);
         self.recall_parked();
+        self.recall_sessions();
         engine::recover::run(self);
         match &self.identity {
             Ok(identity) => {

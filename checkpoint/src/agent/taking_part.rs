@@ -267,13 +267,10 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::config::Config;
     use crate::agent::under_way::UnderWay;
-    use crate::engine::fixture::IdleHost;
+    use crate::engine::fixture::idle_agent;
     use rdma_virt::msg::Request;
     use std::net::SocketAddr;
-    use std::path::Path;
-    use std::sync::Arc;
 
     const ID: MigrationId = MigrationId([1; 16]);
     const MINUTE: Duration = Duration::from_secs(60);
@@ -318,13 +315,6 @@ mod tests {
         assert_eq!(told.why.as_deref(), Some("its source is silent"));
     }
 
-    /// An agent that can do nothing but be asked.
-    fn agent(dir: &Path) -> Arc<Agent> {
-        let config = Config { state_dir: dir.join("state"), run_dir: dir.join("run"), ..Config::default() };
-        std::fs::create_dir_all(&config.run_dir).unwrap();
-        Agent::new(config, Arc::new(IdleHost)).unwrap()
-    }
-
     /// The only one; with the number the page has for it.
     fn told(agent: &Agent) -> (Option<Migration>, usize) {
         let mut all = agent.taking_part();
@@ -343,7 +333,7 @@ mod tests {
     #[test]
     fn a_peers_part_is_shown_from_the_claim_to_the_release_and_then_counted() {
         let dir = tempfile::tempdir().unwrap();
-        let agent = agent(dir.path());
+        let agent = idle_agent(dir.path());
         assert_eq!(told(&agent), (None, 0));
         let from = Some(SocketAddr::from(([10, 0, 0, 1], 50000)));
         let containers = ["db".to_owned(), "cache".to_owned()];
@@ -362,7 +352,7 @@ mod tests {
     #[test]
     fn a_parked_peer_says_how_long_it_will_wait_and_is_counted_when_nobody_came() {
         let dir = tempfile::tempdir().unwrap();
-        let agent = agent(dir.path());
+        let agent = idle_agent(dir.path());
         let from = Some(SocketAddr::from(([10, 0, 0, 1], 50000)));
         agent.claim(ID, from, 7477, &["db".to_owned()]).unwrap();
         agent.park(ID, &["db".to_owned()], 1, crate::image::Secret([1; 32]), 600).unwrap();
@@ -378,7 +368,7 @@ mod tests {
     #[test]
     fn the_container_that_moves_is_no_peer() {
         let dir = tempfile::tempdir().unwrap();
-        let agent = agent(dir.path());
+        let agent = idle_agent(dir.path());
         agent.hold_container(ID, "web").unwrap();
         assert_eq!(told(&agent), (None, 0));
         agent.let_go_of(ID);

@@ -154,7 +154,7 @@ impl Desk {
         lock(&self.0).contains_key(&id)
     }
 
-    fn get(&self, id: MigrationId) -> Option<Entry> {
+    pub(super) fn get(&self, id: MigrationId) -> Option<Entry> {
         lock(&self.0).get(&id).cloned()
     }
 }
@@ -460,12 +460,10 @@ impl Arrival {
         agent.moved.host_guest(&self.offer.container, self.offer.lease).map_err(|e| chain(&e))
     }
 
-    /// For the next agent. What a command restores ends with that command, whatever the agent does.
+    /// For the next agent.
     fn write_down(&self, store: &Store, init: i32, stage: impl FnOnce(Note) -> Note) -> Result<(), String> {
-        match &self.by_hand {
-            Some(_) => Ok(()),
-            None => stage(Note::new(&self.source, &self.offer, init, &self.adopted)).write(store.dir()),
-        }
+        let note = Note::new(&self.source, &self.offer, init, &self.adopted).given(store.somebody_elses());
+        stage(note).write(store.dir())
     }
 
     fn commit(

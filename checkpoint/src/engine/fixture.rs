@@ -1,9 +1,13 @@
-//! Small process states for tests, and a host that does nothing.
+//! Small process states for tests, and a host that does nothing, with its agent.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rdma_virt::id::{Handle, ObjId, PGid, PQpn, VGid, VQpn, Vpid};
 use rdma_virt::saved::{ContextState, GidEntry, ProcessState, QpAttr, QpCap, QpPhase, QpState, Remote};
+
+use crate::agent::Agent;
+use crate::agent::config::Config;
 
 use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Result, Wire};
 use crate::likeness::Likeness;
@@ -61,6 +65,13 @@ pub fn process(vpid: i32, qps: Vec<QpState>) -> ProcessState {
         blockers: Vec::new(),
         memory: Vec::new(),
     }
+}
+
+/// An agent on such a host, with its directories below `dir`, that is not started.
+pub fn idle_agent(dir: &Path) -> Arc<Agent> {
+    let config = Config { state_dir: dir.join("state"), run_dir: dir.join("run"), ..Config::default() };
+    std::fs::create_dir_all(&config.run_dir).unwrap();
+    Agent::new(config, Arc::new(IdleHost)).unwrap()
 }
 
 /// A host on which any container that is asked for exists, and nothing happens.

@@ -51,6 +51,8 @@
 //! | [`orphans`] | arrivals whose source has gone quiet |
 //! | [`arrivals`] | what arrives, for those who look on |
 //! | [`park`], [`revive`] | by command instead: to disk, and from there |
+//! | `revived` | a restore by command whose agent was restarted |
+//! | `departed` | peers that ended while they waited for an image |
 //! | [`by_hand`] | the command that runs CRIU in these, as the engine's host |
 //! | `newcomers` | which restored processes still exist, and questions to their shims |
 //! | [`store`] | where an arriving image is put |
@@ -61,6 +63,7 @@ pub mod attempts;
 pub mod by_hand;
 pub mod check;
 mod copy;
+mod departed;
 pub mod dest;
 pub mod elf;
 #[cfg(test)]
@@ -84,6 +87,7 @@ pub mod rebuild;
 pub mod recover;
 pub(crate) mod regmem;
 pub mod revive;
+mod revived;
 pub mod setup;
 mod shipping;
 mod shown;

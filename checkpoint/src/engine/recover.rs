@@ -60,7 +60,7 @@ pub fn run(agent: &Arc<Agent>) {
             State::Committed => match record.kind {
                 Kind::Migration => finish,
                 Kind::Checkpoint => super::park::finish_parked,
-                Kind::Restore => super::revive::give_up,
+                Kind::Restore => super::revived::go_on,
             },
             State::Finished | State::Aborted => continue,
         };
@@ -95,10 +95,10 @@ fn undo(agent: &Arc<Agent>, mut record: Record) {
             eprintln!("{id}: {}", chain(&e));
         }
     };
-    // What a restore that was not decided had brought has ended with the command that held it.
-    if record.kind != Kind::Restore
-        && let Ok(container) = agent.host.container(&record.container)
-    {
+    if record.kind == Kind::Restore {
+        // What it had brought waits in the hands of the command, or has ended with it.
+        told(LOCAL, Order::Abandon);
+    } else if let Ok(container) = agent.host.container(&record.container) {
         let report = |what: &str, e: &dyn std::fmt::Display| eprintln!("{id}: {what}: {e}");
         match agent.host.wire(&container.bundle, Some(container.init)) {
             Ok(Some(mut wire)) => {
@@ -145,18 +145,28 @@ impl Progress for Log {
 
 /// The container belongs to the destination: tells everybody who may not have heard.
 fn finish(agent: &Arc<Agent>, record: Record) {
-    let Some(id) = record.id() else { return };
-    eprintln!("{id} of container {} was committed: finishing it", record.container);
-    let forward: Forward = match serde_json::from_value(record.plan.clone()) {
-        Ok(forward) => forward,
+    if let Some((id, forward)) = decided(&record) {
+        finish_in(&**agent, id, record, forward);
+    }
+}
+
+/// What a record that decided says.
+pub(super) fn decided(record: &Record) -> Option<(MigrationId, Forward)> {
+    let id = record.id()?;
+    match serde_json::from_value(record.plan.clone()) {
+        Ok(forward) => Some((id, forward)),
         Err(e) => {
             eprintln!("{id}: its record is damaged: {e}");
-            return;
+            None
         }
-    };
+    }
+}
+
+/// Everything after the decision, in these surroundings.
+pub(super) fn finish_in(world: &dyn World, id: MigrationId, record: Record, forward: Forward) {
+    eprintln!("{id} of container {} was committed: finishing it", record.container);
     let request = MigrateRequest::plain(&record.container, &record.to);
     let (cancel, log) = (Cancel::default(), Log(id));
-    let world: &dyn World = &**agent;
     let mut run = Run::new(world, id, &request, &cancel, &log);
     run.go_on(record, forward);
     if let Err(why) = run.forward_again() {
