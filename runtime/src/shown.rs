@@ -79,14 +79,16 @@ pub fn keep(id: &str, images: &Path, host: &HostPaths) -> Result<()> {
     Ok(likeness::write(images, &known(id, host)?)?)
 }
 
-/// Removes what was laid out for containers that are no more: their restore was never begun. `root` holds the state of
-/// all containers.
-pub fn sweep(root: &Path, host: &HostPaths) {
+/// Makes the place for what is laid out, and removes what was laid out for containers that are no more: their restore
+/// was never begun. `root` holds the state of all containers.
+pub fn tidy(root: &Path, host: &HostPaths) -> Result<()> {
+    fs::create_dir_all(&host.sysfs).with_context(|| format!("cannot make {}", host.sysfs.display()))?;
     for entry in fs::read_dir(&host.sysfs).into_iter().flatten().flatten() {
         if !root.join(entry.file_name()).exists() {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+    Ok(())
 }
 
 /// Puts the directories of `dir` over the kernel's, in the mount namespace of `init`, whose tasks stand still. A
@@ -190,7 +192,7 @@ mod tests {
         assert_eq!(known("x", &host).unwrap(), [device()]);
         keep("x", &second, &host).unwrap();
         assert_eq!(likeness::read(&second).unwrap(), [device()]);
-        sweep(root.path(), &host);
+        tidy(root.path(), &host).unwrap();
         assert_eq!(known("x", &host).unwrap(), [], "no container x is here");
     }
 

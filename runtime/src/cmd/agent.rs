@@ -18,7 +18,7 @@ pub fn run(args: &AgentArgs, global: &Global) -> Result<i32> {
     // A container would mount it as well; so it is there from the first to the last.
     memory::mount_tmpfs(&HostPaths::default().memory)?;
     debris::sweep_if_idle(&agent.config.state_dir);
-    shown::sweep(super::root(global), &HostPaths::default());
+    shown::tidy(super::root(global), &HostPaths::default())?;
     agent.start().context("the agent cannot start")?;
     eprintln!("the agent of {} is ready", agent.config.name);
     // Everything happens in threads; the process ends by a signal only.
