@@ -313,7 +313,7 @@ fn peer_ends(ctx: &mut Context) -> Result<()> {
         stage.run(&victim, 160 + n, &["peer"], &["sh", "-c", command])?;
         stage.wait_log(&victim, "listening", |t| t.contains("listening"))?;
         let second = format!(
-            "exec {CHECKER} client --connect 10.20.0.{} --duration 0 --qps 2 --timeout 14 >/dev/null 2>&1",
+            "exec {CHECKER} client --connect 10.20.0.{} --duration 0 --qps 2 --timeout 17 >/dev/null 2>&1",
             160 + n
         );
         stage.node_of(&pair.client)?.check(&["migrrdma", "exec", "--detach", &pair.client, "sh", "-c", &second])?;
