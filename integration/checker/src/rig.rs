@@ -269,6 +269,18 @@ impl Rig {
         }
     }
 
+    /// Options of a QP beside those that carry the load.
+    #[must_use]
+    pub fn small_qp(&self) -> QpOptions {
+        QpOptions { sends: 8, recvs: 8, inline: 0, rd_atomic: 1, ..self.options() }
+    }
+
+    /// QPs among the unused ones that were taken to SQD, and report once that they are drained.
+    #[must_use]
+    pub fn drained_once(&self) -> u64 {
+        u64::from(self.w.idle_qps)
+    }
+
     fn pool(&mut self, owner: u16, pd: usize, depth: u32, srq: Option<Srq>) -> Result<Arc<Pool>> {
         let stride = Layout::new(&self.w).stride();
         // Registrations that start within a page exist as well as aligned ones.
