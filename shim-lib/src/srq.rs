@@ -225,13 +225,19 @@ impl ShadowSrq {
     }
 
     /// Asks the kernel how much of the limit is left: it is over once it was reported, whether the application has read
-    /// that or not, and a new kernel object must not report it once more.
+    /// that or not, and a new kernel object must not report it once more. Of a device that cannot be asked it stays what
+    /// the application set.
     pub fn refresh_limit(&self) -> Result<(), Errno> {
         let mut now = ibv_srq_attr { max_wr: 0, max_sge: 0, srq_limit: 0 };
         // SAFETY: the real SRQ of a shadow that is not dead; control verbs are gated.
-        unsafe { verbs::query_srq(self.real(), &raw mut now).and_then(Errno::check)? };
-        self.limit.store(now.srq_limit, Ordering::Relaxed);
-        Ok(())
+        match unsafe { verbs::query_srq(self.real(), &raw mut now).and_then(Errno::check) } {
+            Ok(()) => {
+                self.limit.store(now.srq_limit, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(Errno(libc::ENOSYS | libc::EOPNOTSUPP)) => Ok(()),
+            Err(e) => Err(e),
+        }
     }
 
     /// Points the library's object at another, new kernel object.
