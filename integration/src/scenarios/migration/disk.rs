@@ -312,8 +312,11 @@ fn peer_ends(ctx: &mut Context) -> Result<()> {
         let victim = format!("ck-victim{n}");
         stage.run(&victim, 160 + n, &["peer"], &["sh", "-c", command])?;
         stage.wait_log(&victim, "listening", |t| t.contains("listening"))?;
+        // It sees this node's GIDs, the first of which leads nowhere on one of them.
+        let gid = stage.node_of(&pair.client)?.spec.gid_index;
         let second = format!(
-            "exec {CHECKER} client --connect 10.20.0.{} --duration 0 --qps 2 --timeout 17 >/dev/null 2>&1",
+            "exec {CHECKER} client --connect 10.20.0.{} --gid-index {gid} --duration 0 --qps 2 --timeout 17 \
+             >/dev/null 2>&1",
             160 + n
         );
         stage.node_of(&pair.client)?.check(&["migrrdma", "exec", "--detach", &pair.client, "sh", "-c", &second])?;
