@@ -156,6 +156,8 @@ impl Agent {
                 );
             }
         }
+        // Others of its containers will connect to ours, from GIDs that may name nobody.
+        self.meet(&source);
         let taken = containers.iter().map(|id| (id, Some(&source)));
         self.note_taken(migration, taken).map_err(|e| Refusal::Failed(chain(&e)))?;
         for id in containers {
