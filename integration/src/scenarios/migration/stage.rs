@@ -277,9 +277,11 @@ impl Pair {
         let pair = Pair { client: format!("ck-client{tag}"), server: format!("ck-server{tag}") };
         let (sh, ch) = (120 + 2 * tag, 121 + 2 * tag);
         let address = format!("10.20.0.{sh}");
-        let processes = load.iter().position(|o| *o == "--processes").map(|i| &load[i..i + 2]).unwrap_or_default();
         let mut command = vec![CHECKER, "server", "--progress", "2"];
-        command.extend(processes);
+        // What both ends have to be told.
+        for option in ["--processes", "--stamp-ms"] {
+            command.extend(load.iter().position(|o| *o == option).map(|i| &load[i..i + 2]).unwrap_or_default());
+        }
         stage.run(&pair.server, sh, server, &command)?;
         stage.wait_log(&pair.server, "listening", |t| t.contains("listening"))?;
         let mut command = vec![CHECKER, "client", "--connect", &address, "--duration", "0", "--progress", "1"];
