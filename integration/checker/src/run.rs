@@ -251,7 +251,7 @@ impl Conduct {
 
     fn conduct(&mut self, threads: &[JoinHandle<()>]) -> Result<()> {
         while self.phase != Phase::Over {
-            let wait = if self.rig.w.rate > 0 { 5 } else { 20 };
+            let wait = if self.rig.w.rate > 0 { 10 } else { 20 };
             // After its verdict the other end may close at any time.
             while !(self.phase == Phase::Judge && self.peer_verdict.is_some())
                 && let Some(m) = self.wire.poll(wait)?

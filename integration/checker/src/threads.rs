@@ -19,7 +19,7 @@ const PATIENCE: u32 = 32;
 
 /// That moment; and under a paced load, which leaves time to sleep: an emulated node pays much for waking up.
 const MOMENT: Duration = Duration::from_micros(100);
-const PACED_MOMENT: Duration = Duration::from_millis(3);
+const PACED_MOMENT: Duration = Duration::from_millis(10);
 
 impl Rig {
     fn posting(&self) -> bool {
@@ -45,7 +45,7 @@ impl Rig {
     /// Body of posting thread `n`: lane `n` of every QP.
     fn post_loop(&self, n: usize) {
         let wake = &self.wakes[n];
-        let starving = if self.w.rate > 0 { 5 } else { 1 };
+        let starving = if self.w.rate > 0 { 10 } else { 1 };
         // What a paced load allows goes to whoever comes first: each in turn.
         for turn in (0..self.links.len()).cycle() {
             if self.stop.load(SeqCst) {
