@@ -8,7 +8,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -23,6 +23,7 @@ use super::{Agent, StartError};
 use crate::engine::by_hand::{Clerk, Word};
 use crate::engine::park::{self, CheckpointRequest};
 use crate::engine::revive::{self, RestoreRequest};
+use crate::engine::take_back::{self, RecoverRequest};
 use crate::engine::{Cancel, MigrateRequest, Progress, attempts};
 use crate::phase::Phase;
 use crate::timeline::Summary;
@@ -42,6 +43,8 @@ pub enum Request {
     Checkpoint(CheckpointRequest),
     /// Restore by the program at the other end.
     Restore(RestoreRequest),
+    /// Give a committed migration up whose destination is gone, and have the program at the other end restore.
+    Recover(RecoverRequest),
     /// Prepare a restore and wait for it.
     Partial(RestoreRequest),
     /// Drop what was prepared.
@@ -119,6 +122,12 @@ pub enum Event {
     /// Restore now; an incubator waits for the plugin, or the image needs none.
     Restore {
         incubator: bool,
+    },
+    /// To a program that recovers: what it will be told to restore, and from what bundle.
+    Kept {
+        container: String,
+        images: PathBuf,
+        bundle: PathBuf,
     },
     /// Past the gate.
     Go,
@@ -200,6 +209,11 @@ fn converse(agent: &Arc<Agent>, stream: UnixStream) {
             let cancel = Arc::new(Cancel::default());
             watch(reader, cancel.clone(), words);
             revive::restore(agent, &request, &cancel, &clerk, &*talk);
+        }
+        Ok(Some(Request::Recover(request))) => {
+            let cancel = Arc::new(Cancel::default());
+            watch(reader, cancel.clone(), words);
+            take_back::recover(agent, &request, &cancel, &clerk, &*talk);
         }
         Ok(Some(Request::Partial(request))) => {
             let cancel = Arc::new(Cancel::default());

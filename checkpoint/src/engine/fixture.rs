@@ -1,11 +1,16 @@
 //! Small process states for tests, and a host that does nothing.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rdma_virt::id::{Handle, ObjId, PGid, PQpn, VGid, VQpn, Vpid};
 use rdma_virt::saved::{ContextState, GidEntry, ProcessState, QpAttr, QpCap, QpPhase, QpState, Remote};
 
 use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Result, Wire};
+use crate::agent::Agent;
+use crate::agent::config::Config;
+use crate::image::HandOver;
+use crate::net::msg::{Lease, Offer};
 
 /// GID of the source, of the destination, of the peer's host.
 pub const SRC: [u8; 16] = [1; 16];
@@ -62,6 +67,31 @@ pub fn process(vpid: i32, qps: Vec<QpState>) -> ProcessState {
     }
 }
 
+/// An agent on such a host, which can do nothing but be asked.
+pub fn idle_agent(dir: &Path) -> Arc<Agent> {
+    let config = Config { state_dir: dir.join("state"), run_dir: dir.join("run"), ..Config::default() };
+    std::fs::create_dir_all(&config.run_dir).unwrap();
+    Agent::new(config, Arc::new(IdleHost)).unwrap()
+}
+
+/// What the source says of a container without processes.
+pub fn offer(container: &str) -> Offer {
+    Offer {
+        container: container.into(),
+        bundle: "/b".into(),
+        from: "src".into(),
+        from_port: 1,
+        criu: 40101,
+        cpu_flags: Vec::new(),
+        processes: Vec::new(),
+        image_bytes: 0,
+        paused: false,
+        lease: Lease { first: 1, count: 2 },
+        hand_over: HandOver::Adopt,
+        copy: None,
+    }
+}
+
 /// A host on which any container that is asked for exists, and nothing happens.
 #[derive(Debug)]
 pub struct IdleHost;
@@ -115,8 +145,9 @@ impl Host for IdleHost {
         never()
     }
     fn drop_memory_files(&self, _: &str) {}
-    fn remove_broken_off(&self, _: &str, _: &Path) -> Result<()> {
-        Ok(())
+    /// Every image that is there has its container.
+    fn remove_restored(&self, _: &str, images: &Path) -> Result<bool> {
+        Ok(images.is_dir())
     }
     fn incubate(&self, _: &str, _: &Path, _: &Path) -> Result<Box<dyn Nursery>> {
         never()

@@ -20,7 +20,7 @@ use std::time::Duration;
 use crate::image::{HandOver, Secret};
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 7;
+pub const VERSION: u16 = 8;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -157,6 +157,17 @@ pub enum Order {
     Finish,
     /// Not committed and never will be: nothing of it may stay. → [`Answer::Done`], also for an unknown migration.
     Abandon,
+
+    // ---- a destination that seems to be gone: last, because images of registered memory on disk know the others by
+    // ---- their places in this list
+    /// Of anybody: does that agent answer you? → [`Answer::Has`]
+    Reaches { at: String },
+    /// Of the destination: is anything of it still with you? → [`Answer::Has`]
+    Holds,
+    /// It had committed, and then its source was told that the destination is gone for good, and has the container
+    /// again: whatever of it is with you ends, and who waits for it waits no longer. → [`Answer::Done`], also for an
+    /// unknown migration
+    TakenBack { container: String },
 }
 
 impl Order {
@@ -169,6 +180,8 @@ impl Order {
             Order::Moved(_) => "moved",
             Order::Has { .. } => "has",
             Order::Fate => "fate",
+            Order::Reaches { .. } => "reaches",
+            Order::TakenBack { .. } => "taken-back",
             Order::Find { .. } => "find",
             Order::Claim { .. } => "claim",
             Order::Relay { .. } => "relay",
@@ -189,6 +202,7 @@ impl Order {
             Order::Commit => "commit",
             Order::Adopt => "adopt",
             Order::Rebuild { .. } => "rebuild",
+            Order::Holds => "holds",
             Order::Finish => "finish",
             Order::Abandon => "abandon",
         }
@@ -281,6 +295,9 @@ pub enum Fate {
     Committed,
     /// Committed, and everybody has gone on since: there is nothing to hold any more.
     Finished,
+    /// Committed, and then given up by an administrator because the destination seemed to be gone: the source has the
+    /// container, and no other copy may live.
+    TakenBack,
     /// Or never heard of: a source that has no record has not committed.
     Aborted,
 }
