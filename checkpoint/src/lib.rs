@@ -9,12 +9,14 @@
 //! | [`phase`], [`timeline`] | names and times of the phases |
 //! | [`criu`] | driving stock CRIU |
 //! | [`image`], [`incubator`], [`uverbs`] | RDMA objects on disk, and made anew in the kernel |
+//! | [`likeness`] | what sysfs goes on showing of a device |
 pub mod agent;
 pub mod criu;
 pub mod engine;
 pub mod image;
 pub mod incubator;
 mod kcmp;
+pub mod likeness;
 pub mod memory_image;
 pub mod moved;
 pub mod net;

@@ -100,16 +100,12 @@ pub fn ensure_for_fuzzing() -> Result<()> {
 
 fn ensure_all(needs: &[Need]) -> Result<()> {
     let absent = || needs.iter().filter(|n| !n.probe.present()).collect::<Vec<&Need>>();
-    let mut missing = absent();
-    // apt may remove what was there to install what was not, where the two come from different suites.
-    for _ in 0..2 {
-        if missing.is_empty() {
-            return Ok(());
-        }
-        install_all(&missing)?;
-        missing = absent();
+    let missing = absent();
+    if missing.is_empty() {
+        return Ok(());
     }
-    match missing.first() {
+    install_all(&missing)?;
+    match absent().first() {
         None => Ok(()),
         Some(still) => bail!("{} was installed but what it is needed for is not there", still.package),
     }
@@ -138,12 +134,13 @@ fn install(names: &BTreeSet<&str>) -> Result<()> {
     if apt(&[], &["update", "-q"], &BTreeSet::new()).is_err() {
         eprintln!("set-up: apt-get update failed; going on with the lists there are");
     }
-    let flags = ["install", "-y", "-q", "--no-install-recommends"];
+    // Nothing that is there is taken away: where one package from backports has to go for an older one to fit, the newer
+    // suite is the one this machine was set up from.
+    let flags = ["install", "-y", "-q", "--no-install-recommends", "--no-remove"];
     if apt(&[], &flags, names).is_ok() {
         return Ok(());
     }
-    // A machine may hold packages from its release's backports whose matching
-    // parts are not in its sources any more; then only that suite fits.
+    // Their matching parts are not in its sources any more; then only that suite fits.
     eprintln!("set-up: that failed; trying again with this release's backports");
     let dir = std::env::temp_dir().join(format!("migrrdma-apt-{}", std::process::id()));
     let result = install_with_backports(&dir, &flags, names);

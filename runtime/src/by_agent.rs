@@ -1,6 +1,11 @@
 //! Checkpoint and restore of containers that use RDMA: this program runs CRIU, the agent of this host does everything
 //! about RDMA around it and holds CRIU at its gates. Without RDMA in use neither needs the other.
+//!
+//! An agent that goes away while a dump waits for its word has said no. One that goes away while a restore does may have
+//! decided already, so the restored tasks wait for the next one.
 
+use std::io::BufReader;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -16,18 +21,22 @@ use checkpoint::engine::take_back::RecoverRequest;
 use checkpoint::image;
 
 use crate::admin_client::Client;
+use crate::door::Door;
 use crate::dump::{self, DumpOptions};
 use crate::gate::Gate;
 use crate::inject;
 use crate::migration_host;
 use crate::restore::{self, Restored};
-use crate::starter::{self, Starter};
+use crate::starter::{self, Answer, Starter};
 use crate::store::ContainerHandle;
 
 /// For an agent that is being restarted.
 const AGENT: Duration = Duration::from_secs(10);
 /// For the monitor's word on anything but the restore itself.
 const MONITOR: Duration = Duration::from_secs(60);
+/// For the next agent, when one goes away in the middle of a restore. Nothing is lost when none comes: what was restored
+/// never ran, and its image can be used again.
+const NEXT_AGENT: Duration = Duration::from_secs(300);
 
 /// Whether an image holds RDMA objects, so that only the agent can bring them back.
 pub fn has_rdma(images: &Path) -> bool {
@@ -39,16 +48,21 @@ fn agent(request: &Request) -> Result<Client> {
     Client::ask(&config.admin(), request)
 }
 
-/// What the agent says next. Its remarks are for those who watch a migration.
-fn next(client: &mut Client) -> Result<Event> {
+/// What the agent says next, but for its remarks; `None` when it has ended.
+fn heard(client: &mut Client) -> Result<Option<Event>> {
     loop {
-        match client.next()? {
-            Some(Event::Begin { .. } | Event::Enter { .. } | Event::Leave { .. } | Event::Progress { .. }) => {}
-            Some(Event::Note { text }) => tracing::debug!("{text}"),
-            Some(event) => return Ok(event),
-            None => bail!("the agent ended before it said how this ended; when it is back, `migrrdma status` knows"),
+        match client.next() {
+            Ok(Some(Event::Begin { .. } | Event::Enter { .. } | Event::Leave { .. } | Event::Progress { .. })) => {}
+            Ok(Some(Event::Note { text })) => eprintln!("note: {text}"),
+            // Killed with something of ours unread.
+            Err(err) if err.is::<std::io::Error>() => return Ok(None),
+            other => return other,
         }
     }
+}
+
+fn next(client: &mut Client) -> Result<Event> {
+    heard(client)?.context("the agent ended before it said how this ended; when it is back, `migrrdma status` knows")
 }
 
 fn say(client: &mut Client, word: Word) -> Result<()> {
@@ -59,12 +73,13 @@ fn told(result: Result<()>) -> Word {
     Word::Ended { error: result.err().map(|err| format!("{err:#}")) }
 }
 
-/// The agent's word at a gate.
-fn may_pass(client: &mut Client) -> Result<()> {
-    match next(client)? {
-        Event::Go => Ok(()),
-        Event::Refuse { why } => bail!("{why}"),
-        other => bail!("the agent said {other:?} out of turn"),
+/// The agent's word at a gate; `None`: it ended without one.
+fn at_gate(client: &mut Client) -> Result<Option<Answer>> {
+    match heard(client)? {
+        Some(Event::Go) => Ok(Some(Answer::Go)),
+        Some(Event::Refuse { why }) => Ok(Some(Answer::Refuse { why })),
+        None => Ok(None),
+        Some(other) => bail!("the agent said {other:?} out of turn"),
     }
 }
 
@@ -99,7 +114,7 @@ struct DumpGate<'a>(&'a mut Client);
 impl Gate for DumpGate<'_> {
     fn post_dump(&mut self) -> Result<()> {
         say(self.0, Word::Reached)?;
-        may_pass(self.0)
+        at_gate(self.0)?.context("the agent ended before its word on the dump")?.passes()
     }
 
     fn setup_namespaces(&mut self, _pid: i32) -> Result<()> {
@@ -150,7 +165,48 @@ pub fn checkpoint(root: &Path, id: &str, options: &DumpOptions) -> Result<bool> 
     }
 }
 
-struct RestoreGate<'a>(&'a mut Client);
+struct RestoreGate<'a> {
+    client: &'a mut Client,
+    /// Where the next agent finds this program.
+    door: Option<&'a Path>,
+    /// The agent that came there and said how it goes on.
+    later: Option<BufReader<UnixStream>>,
+}
+
+impl RestoreGate<'_> {
+    /// The word on what is restored and does not run yet.
+    fn word(&mut self, pid: i32) -> Result<Answer> {
+        // Closed again before the tasks run.
+        let door = self.door.map(Door::open).transpose()?;
+        let answer = match say(self.client, Word::Restored { pid }) {
+            Ok(()) => at_gate(self.client)?,
+            Err(_) => None,
+        };
+        match (answer, door) {
+            (Some(answer), _) => Ok(answer),
+            (None, Some(door)) => {
+                let seconds = NEXT_AGENT.as_secs();
+                eprintln!("the agent ended; what is restored waits for the next one, {seconds} s at most");
+                let (answer, stream) =
+                    door.ask(&starter::Event::PostRestore { pid }, Some(Instant::now() + NEXT_AGENT))?;
+                self.later = Some(stream);
+                Ok(answer)
+            }
+            (None, None) => bail!("the agent ended before its word on what is restored"),
+        }
+    }
+
+    /// For that agent: how it ended.
+    fn ended(&mut self, restored: &Result<Restored>) {
+        let Some(stream) = &mut self.later else { return };
+        let event = match restored {
+            Ok(Restored { pid, .. }) => starter::Event::Running { pid: *pid },
+            Err(err) => starter::Event::Failed { error: format!("{err:#}") },
+        };
+        // It sees for itself what there is, if it ended as well.
+        let _ = starter::send(stream.get_mut(), &event);
+    }
+}
 
 impl Gate for RestoreGate<'_> {
     fn post_dump(&mut self) -> Result<()> {
@@ -162,8 +218,7 @@ impl Gate for RestoreGate<'_> {
     }
 
     fn post_restore(&mut self, pid: i32) -> Result<()> {
-        say(self.0, Word::Restored { pid })?;
-        may_pass(self.0)
+        self.word(pid)?.passes()
     }
 }
 
@@ -199,34 +254,31 @@ impl How {
     }
 
     /// Restores and lets run, past the agent's gate if there is one.
-    fn go(self, client: Option<&mut Client>) -> Result<Restored> {
-        match (self, client) {
-            (How::Here(options), Some(client)) => restore::restore(*options, &mut RestoreGate(client)),
+    fn go(self, gate: Option<&mut RestoreGate<'_>>) -> Result<Restored> {
+        match (self, gate) {
+            (How::Here(options), Some(gate)) => restore::restore(*options, gate),
             (How::Here(options), None) => restore::restore(*options, &mut crate::gate::OpenGate),
-            (How::Monitor(mut order), client) => {
-                order.hold = client.is_some();
+            (How::Monitor(mut order), gate) => {
+                order.hold = gate.is_some();
                 let deadline = Duration::from_secs(order.deadline_s.unwrap_or(600));
                 let starter = Starter::start(&starter::Order::Restore(*order))?;
-                match client {
+                match gate {
                     None => starter.running(deadline).map(|pid| Restored { pid, console: None }),
-                    Some(client) => held(starter, deadline, client),
+                    Some(gate) => held(starter, deadline, gate),
                 }
             }
         }
     }
 }
 
-fn held(mut starter: Starter, deadline: Duration, client: &mut Client) -> Result<Restored> {
-    use starter::{Answer, Event};
+fn held(mut starter: Starter, deadline: Duration, gate: &mut RestoreGate<'_>) -> Result<Restored> {
+    use starter::Event;
     loop {
         match starter.next(deadline)? {
             Event::SetupNamespaces { .. } => starter.answer(&Answer::Go)?,
             Event::PostRestore { pid } => {
-                let word = say(client, Word::Restored { pid }).and_then(|()| may_pass(client));
-                starter.answer(&match word {
-                    Ok(()) => Answer::Go,
-                    Err(err) => Answer::Refuse { why: format!("{err:#}") },
-                })?;
+                let refused = |err| Answer::Refuse { why: format!("{err:#}") };
+                starter.answer(&gate.word(pid).unwrap_or_else(refused))?;
                 return starter.running(MONITOR).map(|pid| Restored { pid, console: None });
             }
             Event::Failed { error } => bail!("{error}"),
@@ -289,15 +341,24 @@ fn as_told(client: &mut Client, id: &str, bundle: &Path, how: How, verb: &str) -
     let mut restored = None;
     loop {
         match next(client) {
-            Ok(Event::Restore { incubator }) => {
+            Ok(Event::Restore { incubator, door }) => {
                 let Some(mut how) = how.take() else { bail!("the agent wants to restore a second time") };
                 how.prepare(incubator, bundle);
-                match how.go(Some(client)) {
+                let mut gate = RestoreGate { client, door: door.as_deref(), later: None };
+                let done = how.go(Some(&mut gate));
+                gate.ended(&done);
+                match done {
                     Ok(done) => {
                         restored = Some(done);
-                        say(client, Word::Running)?;
+                        // An agent that has ended meanwhile is noticed next.
+                        let _ = say(client, Word::Running);
                     }
-                    Err(err) => say(client, told(Err(err)))?,
+                    Err(err) => {
+                        let word = Word::Ended { error: Some(format!("{err:#}")) };
+                        if say(client, word).is_err() {
+                            return Err(err);
+                        }
+                    }
                 }
             }
             // Told at the gate, and again here if the agent changed its mind before.

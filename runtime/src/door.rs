@@ -1,10 +1,12 @@
 //! CRIU's questions during a restore, put to whoever started the monitor; when that one has gone away, to whoever knocks
-//! at the door next. Without an answer nothing of the container runs.
+//! at the door next. Without an answer nothing of the container runs. A command that restores by itself has such a door
+//! too ([`crate::by_agent`]).
 
 use std::io::BufReader;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
@@ -24,20 +26,34 @@ pub struct SocketGate<'a> {
 }
 
 /// Where the next agent knocks.
-struct Door {
+pub struct Door {
     listener: UnixListener,
     path: PathBuf,
 }
 
 impl Door {
-    fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path) -> Result<Self> {
         let listener = UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
         Ok(Door { listener, path: path.to_owned() })
     }
 
+    /// Puts the question to one after the other until somebody answers it, and keeps the line to that one. `until` ends
+    /// the waiting for somebody to come, not for the word of one who has.
+    pub fn ask(&self, question: &Event, until: Option<Instant>) -> Result<(Answer, BufReader<UnixStream>)> {
+        loop {
+            let mut stream = self.next(until)?;
+            if let Ok(Some(answer)) = word(&mut stream, question) {
+                return Ok((answer, stream));
+            }
+        }
+    }
+
     /// Waits as long as somebody may come: only the source knows the decision, however long it is silent.
-    fn next(&self) -> Result<BufReader<UnixStream>> {
+    fn next(&self, until: Option<Instant>) -> Result<BufReader<UnixStream>> {
         while self.path.exists() {
+            if until.is_some_and(|until| Instant::now() >= until) {
+                bail!("no agent came to say how it goes on");
+            }
             let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
             match poll(&mut fds, PollTimeout::from(1000u16)) {
                 Ok(0) | Err(Errno::EINTR) => {}
@@ -60,25 +76,27 @@ impl SocketGate<'_> {
         if !self.hold {
             return Ok(());
         }
-        loop {
-            // The starter has the deadline: whoever holds a commit decides when
-            // it is over, and its death closes the socket.
-            match (self.word(question), door) {
-                (Ok(Some(Answer::Go)), _) => return Ok(()),
-                (Ok(Some(Answer::Refuse { why })), _) => bail!("{why}"),
-                (Ok(None) | Err(_), Some(door)) => *self.stream = door.next()?,
-                (Ok(None), None) => bail!("the starter went away before its word on {question:?}"),
-                (Err(err), None) => return Err(err),
+        // The starter has the deadline: whoever holds a commit decides when
+        // it is over, and its death closes the socket.
+        let answer = match (word(self.stream, question), door) {
+            (Ok(Some(answer)), _) => answer,
+            (Ok(None) | Err(_), Some(door)) => {
+                let (answer, stream) = door.ask(question, None)?;
+                *self.stream = stream;
+                answer
             }
-        }
+            (Ok(None), None) => bail!("the starter went away before its word on {question:?}"),
+            (Err(err), None) => return Err(err),
+        };
+        answer.passes()
     }
+}
 
-    /// `None`: nobody is there any more.
-    fn word(&mut self, question: &Event) -> Result<Option<Answer>> {
-        send(self.stream.get_mut(), question)?;
-        let Some(line) = read_line(self.stream)? else { return Ok(None) };
-        Ok(Some(serde_json::from_str(&line).context("malformed answer")?))
-    }
+/// `None`: nobody is there any more.
+fn word(stream: &mut BufReader<UnixStream>, question: &Event) -> Result<Option<Answer>> {
+    send(stream.get_mut(), question)?;
+    let Some(line) = read_line(stream)? else { return Ok(None) };
+    Ok(Some(serde_json::from_str(&line).context("malformed answer")?))
 }
 
 impl Gate for SocketGate<'_> {
@@ -103,7 +121,7 @@ impl Gate for SocketGate<'_> {
 mod tests {
     use super::*;
     use crate::starter::Starter;
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     /// Longest time for somebody to come to the door.
     const SOON: Duration = Duration::from_secs(10);
@@ -170,6 +188,24 @@ mod tests {
         knock(&door).answer(&Answer::Go).unwrap();
         waits.join().unwrap().unwrap();
         assert!(!door.exists() && Starter::at(&door).unwrap().is_none());
+    }
+
+    #[test]
+    fn whoever_waits_for_a_time_gets_an_answer_within_it_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, question) = (dir.path().join("door.sock"), Event::PostRestore { pid: 7 });
+        let door = Door::open(&path).unwrap();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| door.ask(&question, Some(Instant::now() + SOON)).unwrap());
+            let mut agent = knock(&path);
+            agent.answer(&Answer::Go).unwrap();
+            let (answer, mut stream) = waits.join().unwrap();
+            assert_eq!(answer, Answer::Go);
+            send(stream.get_mut(), &Event::Running { pid: 7 }).unwrap();
+            assert_eq!(agent.next(SOON).unwrap(), Event::Running { pid: 7 });
+        });
+        let err = door.ask(&question, Some(Instant::now())).unwrap_err();
+        assert!(err.to_string().contains("no agent"), "{err}");
     }
 
     #[test]

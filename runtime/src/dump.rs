@@ -21,7 +21,7 @@ use crate::inject::HostPaths;
 use crate::seal::{self, Seal};
 use crate::store::{self, ContainerHandle};
 use crate::tmpfs::{self, Tmpfs};
-use crate::{criu_version, destroy, handed, keeper, stdio};
+use crate::{criu_version, destroy, handed, keeper, shown, stdio};
 
 /// Log of dumps, a name engines know.
 pub const LOG: &str = "dump.log";
@@ -98,6 +98,9 @@ pub struct ImageFacts {
     /// What CRIU has been told to leave to us.
     #[serde(default)]
     pub tmpfs: Vec<Tmpfs>,
+    /// Mount points over sysfs that are mounts from outside.
+    #[serde(default)]
+    pub shown: Vec<String>,
     /// The files of the image itself.
     #[serde(default)]
     pub seal: Seal,
@@ -159,8 +162,12 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
         outside,
         sizes: BTreeMap::new(),
         tmpfs,
+        shown: shown::mounted(pid)?,
         seal: Seal::new(),
     };
+    if !options.pre_dump && !facts.shown.is_empty() {
+        shown::keep(handle.id(), &common.image_path, &HostPaths::default())?;
+    }
     run(&handle, pid, opts, options, keys, facts, gate)?;
     drop(dirs);
     if options.leave_running || options.pre_dump {
@@ -318,6 +325,9 @@ fn request(
     opts.external.extend(handed::externals(&handle.cgroup()?.pids()?));
     for mount in criu_plan::external_mounts(spec, root)? {
         opts.ext_mnt.push(criu_plan::mount_entry(&mount.destination, &mount.destination));
+    }
+    for point in shown::mounted(pid)? {
+        opts.ext_mnt.push(criu_plan::mount_entry(&point, &point));
     }
     for path in masked_files(spec, pid) {
         opts.ext_mnt.push(criu_plan::mount_entry(&path, MASK));

@@ -49,6 +49,8 @@ pub struct HostPaths {
     pub containers: PathBuf,
     /// One directory for the memory files of each container, on a tmpfs.
     pub memory: PathBuf,
+    /// One directory for what each moved container is shown in sysfs.
+    pub sysfs: PathBuf,
 }
 
 impl Default for HostPaths {
@@ -58,6 +60,7 @@ impl Default for HostPaths {
             store: "/var/lib/migrrdma/shim".into(),
             containers: "/run/migrrdma-agent/containers".into(),
             memory: "/run/migrrdma-agent/memory".into(),
+            sysfs: "/run/migrrdma-agent/sysfs".into(),
         }
     }
 }
@@ -73,6 +76,11 @@ impl HostPaths {
         self.memory.join(id)
     }
 
+    /// The host directory that lies over a moved container's sysfs ([`crate::shown`]).
+    pub fn sysfs_dir(&self, id: &str) -> PathBuf {
+        self.sysfs.join(id)
+    }
+
     fn preload(&self, id: &str) -> PathBuf {
         self.containers.join(format!("{id}.preload"))
     }
@@ -83,6 +91,7 @@ impl HostPaths {
         store::sweep_drafts(&self.preload(id));
         let _ = fs::remove_file(self.preload(id));
         let _ = fs::remove_dir_all(self.memory_dir(id));
+        let _ = fs::remove_dir_all(self.sysfs_dir(id));
     }
 }
 
@@ -242,6 +251,7 @@ mod tests {
             store: dir.path().join("store"),
             containers: dir.path().join("containers"),
             memory: dir.path().join("memory"),
+            sysfs: dir.path().join("sysfs"),
         };
         fs::write(&paths.shim, b"shim").unwrap();
         fs::create_dir_all(dir.path().join("rootfs/etc")).unwrap();

@@ -41,6 +41,7 @@ mod report;
 mod restore;
 mod rootfs;
 mod seal;
+mod shown;
 mod starter;
 mod stdio;
 mod store;

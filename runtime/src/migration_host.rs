@@ -13,6 +13,7 @@ use checkpoint::engine::host::{
     self, Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Wire,
 };
 use checkpoint::incubator::{Incubator, Rights, Spec as IncubatorSpec};
+use checkpoint::likeness::Likeness;
 use checkpoint::net::link::Links;
 use libcontainer::container::ContainerStatus;
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, PosixRlimitType, Spec};
@@ -23,7 +24,7 @@ use crate::inject::{self, HostPaths};
 use crate::record::Record;
 use crate::starter::{Answer, Event, Order, RestoreOrder, Starter};
 use crate::store::{self, ContainerHandle};
-use crate::{cgroup, criu_plan, criu_version, destroy, keeper, localise, memory};
+use crate::{cgroup, criu_plan, criu_version, destroy, keeper, localise, memory, shown};
 
 /// Time for the incubator to start.
 const INCUBATOR: Duration = Duration::from_secs(30);
@@ -390,6 +391,18 @@ impl Host for MigrationHost {
         let dir = HostPaths::default().memory_dir(id);
         memory::make_dir(&dir).map_err(told)?;
         Ok(dir)
+    }
+
+    fn likenesses(&self, id: &str) -> host::Result<Vec<Likeness>> {
+        shown::known(id, &HostPaths::default()).map_err(told)
+    }
+
+    fn show(&self, id: &str, devices: &[Likeness]) -> host::Result<()> {
+        shown::lay(id, devices, &HostPaths::default()).map_err(told)
+    }
+
+    fn show_no_more(&self, id: &str) {
+        let _ = fs::remove_dir_all(HostPaths::default().sysfs_dir(id));
     }
 
     fn remove_restored(&self, id: &str, images: &Path) -> host::Result<bool> {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use checkpoint::criu::rpc::{Cgroup_root, Criu_opts, Inherit_fd, Join_namespace};
 use checkpoint::criu::{CriuError, Notify, Verdict, soften_errno_texts};
+use checkpoint::likeness::{self, CLASSES};
 use checkpoint::memory_image;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::hooks;
@@ -25,7 +26,7 @@ use crate::inject::HostPaths;
 use crate::launch::{self, Prepared};
 use crate::store::{self, ContainerHandle};
 use crate::tmpfs::Laid;
-use crate::{console, debris, destroy, memory, mountpoints, nodes, procfs, seal, stdio};
+use crate::{console, debris, destroy, memory, mountpoints, nodes, procfs, seal, shown, stdio};
 
 /// Log of restores, a name engines know.
 pub const LOG: &str = "restore.log";
@@ -167,12 +168,16 @@ fn restore_in(
         opts.set_lsm_mount_context(context.clone());
     }
     external_mounts(&mut opts, prepared)?;
+    let shown = shown::prepare(&options.id, &common.image_path, &HostPaths::default())?;
+    mounts_over_sysfs(&mut opts, &facts.shown, shown.as_deref())?;
     let laid = Laid::new(&facts.tmpfs, spec, &prepared.rootfs, &common.image_path, dir)?;
     opts.ext_mnt.extend(laid.points().map(|(name, point)| criu_plan::mount_entry(name, &point.display().to_string())));
     for (key, file) in external_namespaces(&mut opts, spec)? {
         let fd = criu.pass_fd(file.into());
         opts.inherit_fd.push(inherit(key, fd));
     }
+    // The first time nothing is in the image to take its place.
+    let shown = shown.filter(|_| facts.shown.is_empty());
     let ImageFacts { outside, sizes, .. } = facts;
     let mut stdio_fds = Vec::new();
     for (n, fd) in std::mem::take(&mut options.stdio).into_iter().enumerate() {
@@ -200,7 +205,11 @@ fn restore_in(
                 .and_then(|()| gate.setup_namespaces(pid)),
                 ("post-restore", Some(pid), _) => {
                     nodes::adapt(spec, pid);
-                    born(&mut handle, pid).and_then(|()| gate.post_restore(pid))
+                    shown
+                        .as_deref()
+                        .map_or(Ok(()), |dir| shown::mount_into(pid, dir))
+                        .and_then(|()| born(&mut handle, pid))
+                        .and_then(|()| gate.post_restore(pid))
                 }
                 ("orphan-pts-master", _, Some(fd)) => match &options.console_socket {
                     Some(socket) => console::send(socket, &fd),
@@ -241,6 +250,20 @@ fn restore_in(
         launch::write_pid_file(path, pid)?;
     }
     Ok(Restored { pid, console: terminal })
+}
+
+/// What the image has over sysfs comes from what was laid out here.
+fn mounts_over_sysfs(opts: &mut Criu_opts, points: &[String], dir: Option<&Path>) -> Result<()> {
+    for (point, class) in shown::points().iter().zip(CLASSES) {
+        if !points.contains(point) {
+            continue;
+        }
+        let Some(dir) = dir else {
+            bail!("the image has a mount at {point}, but not what lies in it ({} is missing)", likeness::NAME);
+        };
+        opts.ext_mnt.push(criu_plan::mount_entry(point, &dir.join(class).display().to_string()));
+    }
+    Ok(())
 }
 
 /// Registered memory that an image on disk holds.

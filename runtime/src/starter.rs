@@ -109,6 +109,16 @@ pub enum Answer {
     Refuse { why: String },
 }
 
+impl Answer {
+    /// A refusal is an error, in the words of whoever refused.
+    pub fn passes(self) -> Result<()> {
+        match self {
+            Answer::Go => Ok(()),
+            Answer::Refuse { why } => bail!("{why}"),
+        }
+    }
+}
+
 /// The starter's side: a monitor that was started and may still ask.
 #[derive(Debug)]
 pub struct Starter {

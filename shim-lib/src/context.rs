@@ -15,6 +15,7 @@ use rdma_virt::saved::{GidEntry, SgidMap};
 use crate::abi::{EXTENDED, ibv_context, ibv_device, verbs_context};
 use crate::entry::entry;
 use crate::errno::Errno;
+use crate::kept::Kept;
 use crate::provider;
 use crate::real::verbs;
 use crate::registry::{self, Shadow};
@@ -46,6 +47,8 @@ pub struct ShadowContext {
     pub keys: LocalKeys,
     /// `None` as long as the process is where it opened the device.
     pub view: RwLock<Option<View>>,
+    /// Asynchronous events that the kernel has no longer and the application not yet.
+    pub(crate) kept: Kept,
     dead: AtomicBool,
 }
 
@@ -64,6 +67,7 @@ impl ShadowContext {
             qpns: Qpns::new(),
             keys: LocalKeys::new(),
             view: RwLock::new(None),
+            kept: Kept::new(),
             dead: AtomicBool::new(false),
         });
         let table = this.table.get();
@@ -305,6 +309,7 @@ entry! {
             return unsafe { real(context) };
         };
         let _pass = gate::enter("ibv_close_device");
+        shadow.drop_kept();
         provider::rxe::set_handed_over(shadow.cmd_fd(), false);
         shadow.dead.store(true, Ordering::Release);
         registry::remove(&*shadow);

@@ -28,7 +28,7 @@ use crate::qp::Settled;
 use crate::real::verbs;
 use crate::registry;
 use crate::tables::Owner;
-use crate::{blockers, gate};
+use crate::{blockers, gate, kept};
 
 const MAGIC: u64 = 0x6d69_6772_6371_0001;
 
@@ -470,6 +470,7 @@ entry! {
     "IBVERBS_1.1" fn ibv_destroy_cq(cq: *mut ibv_cq) -> c_int, fail errno, |real| {
         let Some(shadow) = registry::find::<ShadowCq>(cq) else {
             blockers::forget(cq as usize);
+            kept::forget_foreign(cq as usize);
             // SAFETY: not ours, the caller's promise.
             return unsafe { real(cq) };
         };
@@ -482,6 +483,7 @@ entry! {
             shadow.dead.store(true, Ordering::Release);
             registry::remove(&*shadow);
             blockers::forget(shadow.visible() as usize);
+            shadow.ctx().forget_kept(shadow.visible() as usize);
             if let Some(channel) = shadow.channel() {
                 channel.sync_refcnt();
             }

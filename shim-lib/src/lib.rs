@@ -15,7 +15,9 @@
 //! | [`entry`], [`real`], [`errno`] | what every exported function has |
 //! | [`registry`], [`gate`], [`blockers`] | which addresses are ours; stopping control verbs; what cannot be moved |
 //! | [`context`], [`pd`], [`mr`], [`channel`], [`cq`], [`srq`], [`qp`] | the shadow objects and their verbs |
-//! | [`ops`], [`query`], [`events`], [`cq_ex`] | op tables, questions, events, readers |
+//! | [`ops`], [`query`], [`cq_ex`] | op tables, questions, readers |
+//! | [`events`], [`kept`], [`bell`] | events; those that were taken before they were asked for; making their file readable |
+//! | [`readers`], [`readable`] | threads that wait for events; what can be read at once |
 //! | [`tables`], [`convert`], [`lock`] | virtual and physical numbers; work requests; the queues' lock |
 //! | [`provider`], [`helper_qp`] | what is known of Soft-RoCE; raising an event |
 //! | [`backing`] | registered memory lies in files that can be copied while it is in use |
@@ -25,6 +27,7 @@
 
 mod abi;
 mod backing;
+mod bell;
 mod blockers;
 mod channel;
 mod context;
@@ -38,6 +41,7 @@ mod errno;
 mod events;
 mod gate;
 mod helper_qp;
+mod kept;
 mod lock;
 mod mr;
 mod ops;
@@ -45,6 +49,7 @@ mod pd;
 mod provider;
 mod qp;
 mod query;
+mod readable;
 mod readers;
 mod real;
 mod registry;

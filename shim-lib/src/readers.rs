@@ -104,22 +104,33 @@ fn waits(tid: libc::pid_t) -> bool {
     }
 }
 
-/// Nobody takes an event from here on, until [`open`]. Returns when every thread inside waits in the kernel, where it
-/// will wait again after a move. A thread that is stopped, or left without a word, is waited for until `deadline`.
-pub fn close(deadline: Instant) {
-    let mut under_way = {
-        let mut state = state();
-        (state.door, state.owner) = (Door::Closing, std::process::id());
-        state.inside.clone()
-    };
+/// Nobody takes an event from here on, until [`open`], but `take`, which gets what is there to be read. Returns when every
+/// thread inside waits in the kernel, where it will wait again after a move. A thread that is stopped, or left without a
+/// word, is waited for until `deadline`. Who was quicker than `take` books what it got, and `take` looks once more.
+pub fn close(deadline: Instant, mut take: impl FnMut()) {
     loop {
-        under_way.retain(|tid| !waits(*tid) && state().inside.contains(tid));
-        if under_way.is_empty() || Instant::now() >= deadline {
-            state().door = Door::Closed;
+        let mut under_way = set(Door::Closing);
+        loop {
+            under_way.retain(|tid| !waits(*tid) && state().inside.contains(tid));
+            if under_way.is_empty() || Instant::now() >= deadline {
+                break;
+            }
+            std::thread::sleep(STEP);
+        }
+        let inside = set(Door::Closed);
+        take();
+        if inside.iter().all(|tid| waits(*tid)) || Instant::now() >= deadline {
             return;
         }
-        std::thread::sleep(STEP);
     }
+}
+
+/// Who is inside then.
+fn set(door: Door) -> Vec<libc::pid_t> {
+    let mut state = state();
+    (state.door, state.owner) = (door, std::process::id());
+    OPENED.notify_all();
+    state.inside.clone()
 }
 
 /// Everybody goes on.
@@ -140,7 +151,7 @@ mod tests {
         let (pipe, mut input) = std::io::pipe().unwrap();
         let (told, tell) = channel();
         let reader = std::thread::spawn(move || {
-            for _ in 0..2 {
+            for _ in 0..3 {
                 enter();
                 told.send("waits").unwrap();
                 (&pipe).read_exact(&mut [0]).unwrap();
@@ -161,7 +172,7 @@ mod tests {
         input.write_all(&[1]).unwrap();
         next("books");
         let start = Instant::now();
-        close(start + long);
+        close(start + long, || ());
         assert!(start.elapsed() < long, "it left and was still waited for");
         next("left");
         silent();
@@ -169,15 +180,36 @@ mod tests {
 
         // It waits in the kernel: closing does not wait for it, and what it gets then is booked after the opening.
         next("waits");
-        while !state().inside.iter().all(|tid| waits(*tid)) {
+        let everybody_waits = || state().inside.clone().iter().all(|tid| waits(*tid));
+        while !everybody_waits() {
             std::thread::sleep(STEP);
         }
-        close(Instant::now() + long);
+        close(Instant::now() + long, || ());
         input.write_all(&[1]).unwrap();
         silent();
         open();
         next("books");
         next("left");
+
+        // It is quicker than who takes the rest: it books what it has, and that one looks once more.
+        next("waits");
+        while !everybody_waits() {
+            std::thread::sleep(STEP);
+        }
+        let mut takes = 0;
+        close(Instant::now() + long, || {
+            takes += 1;
+            if takes == 1 {
+                input.write_all(&[1]).unwrap();
+                while everybody_waits() {
+                    std::thread::sleep(STEP);
+                }
+            }
+        });
+        assert_eq!(takes, 2);
+        next("books");
+        next("left");
+        open();
         reader.join().unwrap();
     }
 }

@@ -72,7 +72,7 @@ pub mod verbs {
     use super::Symbol;
     use crate::abi::{
         ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr,
-        ibv_qp_init_attr, ibv_srq, ibv_srq_init_attr,
+        ibv_qp_init_attr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
     };
     use crate::errno::Errno;
     use libc::{c_int, c_uint, c_void, ssize_t};
@@ -101,10 +101,13 @@ pub mod verbs {
         "IBVERBS_1.1" fn ibv_open_device as open_device(device: *mut ibv_device) -> *mut ibv_context;
         "IBVERBS_1.1" fn ibv_close_device as close_device(context: *mut ibv_context) -> c_int;
         "IBVERBS_1.1" fn ibv_alloc_pd as alloc_pd(context: *mut ibv_context) -> *mut ibv_pd;
+        "IBVERBS_1.1" fn ibv_dealloc_pd as dealloc_pd(pd: *mut ibv_pd) -> c_int;
         "IBVERBS_1.0" fn ibv_create_comp_channel as create_comp_channel(context: *mut ibv_context) -> *mut ibv_comp_channel;
         "IBVERBS_1.0" fn ibv_destroy_comp_channel as destroy_comp_channel(channel: *mut ibv_comp_channel) -> c_int;
         "IBVERBS_1.1" fn ibv_create_srq as create_srq(pd: *mut ibv_pd, attr: *mut ibv_srq_init_attr) -> *mut ibv_srq;
+        "IBVERBS_1.1" fn ibv_query_srq as query_srq(srq: *mut ibv_srq, attr: *mut ibv_srq_attr) -> c_int;
         "IBVERBS_1.1" fn ibv_create_cq as create_cq(context: *mut ibv_context, cqe: c_int, cq_context: *mut c_void, channel: *mut ibv_comp_channel, vector: c_int) -> *mut ibv_cq;
+        "IBVERBS_1.1" fn ibv_destroy_cq as destroy_cq(cq: *mut ibv_cq) -> c_int;
         "IBVERBS_1.1" fn ibv_create_qp as create_qp(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp;
         "IBVERBS_1.1" fn ibv_modify_qp as modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int;
         "IBVERBS_1.1" fn ibv_destroy_qp as destroy_qp(qp: *mut ibv_qp) -> c_int;

@@ -23,7 +23,7 @@ use crate::lock::Spin;
 use crate::pd::ShadowPd;
 use crate::real::verbs;
 use crate::registry;
-use crate::{blockers, gate, provider};
+use crate::{blockers, gate, kept, provider};
 
 const MAGIC: u64 = 0x6d69_6772_7372_0001;
 
@@ -101,7 +101,7 @@ impl ShadowSrq {
         self.max_wr.load(Ordering::Relaxed)
     }
 
-    /// The limit set and not yet reported, as the application set it.
+    /// The limit as the application set it last, or 0 if the kernel had reported it when it was last asked.
     pub fn limit(&self) -> u32 {
         self.limit.load(Ordering::Relaxed)
     }
@@ -224,6 +224,22 @@ impl ShadowSrq {
         Ok(std::mem::replace(&mut *self.map.lock().unwrap_or_else(PoisonError::into_inner), maps.into_iter().next()))
     }
 
+    /// Asks the kernel how much of the limit is left: it is over once it was reported, whether the application has read
+    /// that or not, and a new kernel object must not report it once more. Of a device that cannot be asked it stays what
+    /// the application set.
+    pub fn refresh_limit(&self) -> Result<(), Errno> {
+        let mut now = ibv_srq_attr { max_wr: 0, max_sge: 0, srq_limit: 0 };
+        // SAFETY: the real SRQ of a shadow that is not dead; control verbs are gated.
+        match unsafe { verbs::query_srq(self.real(), &raw mut now).and_then(Errno::check) } {
+            Ok(()) => {
+                self.limit.store(now.srq_limit, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(Errno(libc::ENOSYS | libc::EOPNOTSUPP)) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Points the library's object at another, new kernel object.
     pub fn patch(&self, handle: u32) {
         // SAFETY: the real SRQ of a shadow that is not dead; control verbs are gated.
@@ -342,6 +358,7 @@ entry! {
     "IBVERBS_1.1" fn ibv_destroy_srq(srq: *mut ibv_srq) -> c_int, fail errno, |real| {
         let Some(shadow) = registry::find::<ShadowSrq>(srq) else {
             blockers::forget(srq as usize);
+            kept::forget_foreign(srq as usize);
             // SAFETY: not ours, the caller's promise.
             return unsafe { real(srq) };
         };
@@ -352,6 +369,7 @@ entry! {
             if answer != 0 { return answer }
             shadow.dead.store(true, Ordering::Release);
             registry::remove(&*shadow);
+            shadow.pd().ctx().forget_kept(shadow.visible() as usize);
         }
         let visible = shadow.visible();
         // SAFETY: the visible part lives as long as the Arc we hold.

@@ -122,6 +122,9 @@ pub enum Event {
     /// Restore now; an incubator waits for the plugin, or the image needs none.
     Restore {
         incubator: bool,
+        /// Where the next agent looks for the program, if this one goes away before its word at the gate.
+        #[serde(default)]
+        door: Option<PathBuf>,
     },
     /// To a program that recovers: what it will be told to restore, and from what bundle.
     Kept {

@@ -290,12 +290,10 @@ impl Agent {
 
 #[cfg(test)]
 mod tests {
-    use super::super::config::Config;
     use super::super::doors::Caller;
     use super::*;
-    use crate::engine::fixture::IdleHost;
+    use crate::engine::fixture::idle_agent;
     use std::io::Write;
-    use std::sync::Arc;
 
     #[test]
     fn a_qp_made_after_a_move_is_where_its_process_shows_it() {
@@ -326,9 +324,7 @@ mod tests {
     #[test]
     fn who_is_not_heard_is_counted_by_the_reason_and_who_just_leaves_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        let config = Config { state_dir: dir.path().join("s"), run_dir: dir.path().join("r"), ..Config::default() };
-        std::fs::create_dir_all(&config.run_dir).unwrap();
-        let agent = Agent::new(config, Arc::new(IdleHost)).unwrap();
+        let agent = idle_agent(dir.path());
         let counts = || {
             let start = "migrrdma_rejected_requests_total{door=\"containers\",reason=";
             let page = agent.metrics.page();

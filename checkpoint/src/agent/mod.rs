@@ -175,6 +175,7 @@ impl Agent {
         Ok(Arc::new(Agent {
             moved: Moved::open(&config.state_dir)?,
             records: Records::open(&config.state_dir)?,
+            sessions: sessions::Sessions::open(&config.state_dir)?,
             desk: Desk::default(),
             client,
             doors,
@@ -185,7 +186,6 @@ impl Agent {
             under_way,
             metrics: Metrics::default(),
             running: Mutex::default(),
-            sessions: sessions::Sessions::default(),
             claims: Mutex::default(),
             let_go: Mutex::default(),
             began: Instant::now(),
@@ -210,6 +210,7 @@ impl Agent {
         engine::prepared::take_up(self);
         self.recall_claims(held);
         self.recall_parked();
+        self.recall_sessions();
         engine::recover::run(self);
         match &self.identity {
             Ok(identity) => {

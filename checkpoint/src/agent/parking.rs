@@ -5,6 +5,7 @@
 //! What waits is noted on disk: an agent that starts again goes on waiting. Claims that are not parked are the business
 //! of [`super::peer`].
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -19,7 +20,7 @@ use super::peer::{Claim, Why};
 use super::{Agent, LOCAL, chain, is_plain_name, lock};
 use crate::image::Secret;
 use crate::net::msg::{Answer, Refusal};
-use crate::record::{make_dir, now, read_json, write_json};
+use crate::record::{RecordError, make_dir, now, read_json, write_json};
 
 /// How often shims are told that they are not forgotten; far less than they wait for by themselves.
 const KEEP: Duration = Duration::from_secs(60);
@@ -55,6 +56,9 @@ struct Note {
     secret: Secret,
     /// Seconds since 1970.
     until: u64,
+    /// Containers that are about to be connected to a restore, and the address of its agent.
+    #[serde(default)]
+    taken: BTreeMap<String, String>,
 }
 
 const VERSION: u32 = 1;
@@ -96,8 +100,14 @@ impl Agent {
         if containers.iter().all(known) {
             return Ok(Answer::Done);
         }
-        let note =
-            Note { version: VERSION, containers: containers.to_vec(), generation, secret, until: now() + seconds };
+        let note = Note {
+            version: VERSION,
+            containers: containers.to_vec(),
+            generation,
+            secret,
+            until: now() + seconds,
+            taken: BTreeMap::new(),
+        };
         let path = self.note_path(migration);
         path.parent()
             .map_or(Ok(()), make_dir)
@@ -146,6 +156,10 @@ impl Agent {
                 );
             }
         }
+        // Others of its containers will connect to ours, from GIDs that may name nobody.
+        self.meet(&source);
+        let taken = containers.iter().map(|id| (id, Some(&source)));
+        self.note_taken(migration, taken).map_err(|e| Refusal::Failed(chain(&e)))?;
         for id in containers {
             if let Some(claim) = claims.get_mut(id) {
                 claim.source.clone_from(&source);
@@ -157,6 +171,23 @@ impl Agent {
             }
         }
         Ok(Answer::Done)
+    }
+
+    /// Who restores what these wait for, or nobody any more: the next agent has to know whom to ask.
+    fn note_taken<'a>(
+        &self,
+        migration: MigrationId,
+        by: impl Iterator<Item = (&'a String, Option<&'a String>)>,
+    ) -> Result<(), RecordError> {
+        let path = self.note_path(migration);
+        let Some(mut note) = read_json::<Note>(&path)? else { return Ok(()) };
+        for (container, source) in by {
+            match source {
+                Some(source) => note.taken.insert(container.clone(), source.clone()),
+                None => note.taken.remove(container),
+            };
+        }
+        write_json(&path, &note)
     }
 
     /// Whether whoever asks may ask this now.
@@ -178,6 +209,11 @@ impl Agent {
                 claim.source = LOCAL.into();
                 again.push(id.clone());
             }
+        }
+        if !again.is_empty()
+            && let Err(e) = self.note_taken(migration, again.iter().map(|id| (id, None)))
+        {
+            eprintln!("{}", chain(&e));
         }
         for shim in again.iter().flat_map(|id| self.shims.of(id)) {
             if let Err(e) = shim.ask(Some(migration), Request::Unprepare, self.answer_time()) {
@@ -230,10 +266,13 @@ impl Agent {
                 continue;
             };
             let left = Duration::from_secs(note.until.saturating_sub(now()));
-            let Note { generation, secret, .. } = note;
-            let parked = Parked { generation, secret, until: Instant::now() + left, taken: false };
-            for container in note.containers {
-                lock(&self.claims).insert(container, waiting(id, parked.clone()));
+            let Note { generation, secret, taken, containers, .. } = note;
+            for container in containers {
+                let source = taken.get(&container);
+                let parked = Parked { generation, secret, until: Instant::now() + left, taken: source.is_some() };
+                let claim = waiting(id, parked);
+                let source = source.unwrap_or(&claim.source).clone();
+                lock(&self.claims).insert(container, Claim { source, ..claim });
             }
         }
     }
@@ -241,4 +280,45 @@ impl Agent {
 
 fn waiting(migration: MigrationId, parked: Parked) -> Claim {
     Claim { parked: Some(parked), ..Claim::new(migration, LOCAL.into(), Why::Peer) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::fixture::idle_agent;
+
+    const ID: MigrationId = MigrationId([5; 16]);
+
+    /// Whether the container waits for somebody who restores its image now, and who that is.
+    fn taken(agent: &Agent) -> Option<(bool, String)> {
+        let claims = lock(&agent.claims);
+        let claim = claims.get("c")?;
+        Some((claim.parked.as_ref()?.is_taken(), claim.source.clone()))
+    }
+
+    #[test]
+    fn the_next_agent_knows_who_restores_what_its_containers_wait_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (names, secret) = (["c".to_owned()], Secret([7; 32]));
+        let next = || {
+            let agent = idle_agent(dir.path());
+            agent.recall_parked();
+            agent
+        };
+        let agent = idle_agent(dir.path());
+        agent.park(ID, &names, 2, secret, 600).unwrap();
+        let agent = next();
+        assert_eq!(taken(&agent), Some((false, LOCAL.into())));
+        assert!(agent.unpark(ID, None, 1, &names, 2, &Secret([8; 32])).is_err());
+        let from = "10.0.0.4:999".parse().unwrap();
+        agent.unpark(ID, Some(from), 7477, &names, 2, &secret).unwrap();
+        let agent = next();
+        assert_eq!(taken(&agent), Some((true, "10.0.0.4:7477".into())));
+        assert!(agent.wait_again(ID));
+        let agent = next();
+        assert_eq!(taken(&agent), Some((false, LOCAL.into())));
+        agent.unpark(ID, None, 1, &names, 2, &secret).unwrap();
+        agent.release(ID, true);
+        assert_eq!(taken(&next()), None);
+    }
 }

@@ -100,6 +100,13 @@ pub fn is_alive(pid: i32) -> bool {
     field(&status, "State").is_some_and(|s| !s.starts_with(['Z', 'X']))
 }
 
+/// When a process began, in ticks since the host was started: with its pid it tells the process from any other.
+pub fn began(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Its name is in parentheses, and may hold anything.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
 /// The pid a process has in its own namespace.
 pub fn vpid_of(pid: i32) -> Option<Vpid> {
     inner_pid(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
@@ -135,6 +142,16 @@ mod tests {
         assert!(!me.comm.is_empty() && me.verbs.is_empty() && !me.cm);
         assert_eq!(vpid_of(pid), Some(me.vpid));
         assert!(is_alive(pid));
+    }
+
+    #[test]
+    fn a_process_began_after_the_one_that_started_it() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let (parent, child_began) = (began(std::process::id() as i32), began(child.id() as i32));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(parent.is_some() && child_began >= parent, "{parent:?} {child_began:?}");
+        assert_eq!(began(child.id() as i32), None);
     }
 
     #[test]

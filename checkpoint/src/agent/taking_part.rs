@@ -291,7 +291,7 @@ impl Agent {
 mod tests {
     use super::*;
     use crate::agent::under_way::UnderWay;
-    use crate::engine::fixture::idle_agent as agent;
+    use crate::engine::fixture::idle_agent;
     use rdma_virt::msg::Request;
     use std::net::SocketAddr;
 
@@ -356,7 +356,7 @@ mod tests {
     #[test]
     fn a_peers_part_is_shown_from_the_claim_to_the_release_and_then_counted() {
         let dir = tempfile::tempdir().unwrap();
-        let agent = agent(dir.path());
+        let agent = idle_agent(dir.path());
         assert_eq!(told(&agent), (None, 0));
         let from = Some(SocketAddr::from(([10, 0, 0, 1], 50000)));
         let containers = ["db".to_owned(), "cache".to_owned()];
@@ -375,7 +375,7 @@ mod tests {
     #[test]
     fn a_parked_peer_says_how_long_it_will_wait_and_is_counted_when_nobody_came() {
         let dir = tempfile::tempdir().unwrap();
-        let agent = agent(dir.path());
+        let agent = idle_agent(dir.path());
         let from = Some(SocketAddr::from(([10, 0, 0, 1], 50000)));
         agent.claim(ID, from, 7477, &["db".to_owned()]).unwrap();
         agent.park(ID, &["db".to_owned()], 1, crate::image::Secret([1; 32]), 600).unwrap();
@@ -391,7 +391,7 @@ mod tests {
     #[test]
     fn the_container_that_moves_is_no_peer() {
         let dir = tempfile::tempdir().unwrap();
-        let agent = agent(dir.path());
+        let agent = idle_agent(dir.path());
         agent.hold_container(ID, "web").unwrap();
         assert_eq!(told(&agent), (None, 0));
         agent.let_go_of(ID);

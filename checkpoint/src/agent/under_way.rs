@@ -160,6 +160,7 @@ impl UnderWay {
     /// A destination's own step; those that take no time are not told.
     pub fn step_here(&self, id: MigrationId, order: &Order) -> Option<Wait<'_>> {
         let what = match order {
+            Order::Show { .. } => "what sysfs shows to be laid out",
             Order::Incubate { .. } => "the incubator to make the objects",
             Order::Join { .. } => "the incubator to connect the QPs",
             Order::TreeStart { .. } | Order::TreePiece { .. } | Order::TreeEnd => "the bundle to be unpacked",

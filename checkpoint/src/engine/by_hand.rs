@@ -2,7 +2,8 @@
 //! it restores, and the engine only holds it at the gates. Here is that program as the engine's [`Host`] and [`World`].
 //!
 //! The conversation: the engine says [`Event::Dump`] or [`Event::Restore`]; the program answers with [`Word`]s, and
-//! waits for [`Event::Go`] or [`Event::Refuse`] at its gate. A program that goes away has said no.
+//! waits for [`Event::Go`] or [`Event::Refuse`] at its gate. A program that goes away has said no. When the agent goes away
+//! before its word on a restore, the next one finds the program at the door that it was told, as it finds a monitor.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use crate::agent::procs::Process;
 use crate::agent::shims::ShimError;
 use crate::agent::under_way::UnderWay;
 use crate::agent::{Agent, LOCAL, chain};
+use crate::likeness::Likeness;
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, Lease, MovedProcess, Order};
 use crate::record::Records;
@@ -139,6 +141,15 @@ impl Host for HandHost {
     fn drop_memory_files(&self, id: &str) {
         self.host.drop_memory_files(id);
     }
+    fn likenesses(&self, id: &str) -> Result<Vec<Likeness>> {
+        self.host.likenesses(id)
+    }
+    fn show(&self, id: &str, devices: &[Likeness]) -> Result<()> {
+        self.host.show(id, devices)
+    }
+    fn show_no_more(&self, id: &str) {
+        self.host.show_no_more(id);
+    }
     fn remove_restored(&self, id: &str, images: &Path) -> Result<bool> {
         self.host.remove_restored(id, images)
     }
@@ -148,9 +159,8 @@ impl Host for HandHost {
     fn restore(&self, job: &RestoreJob) -> Result<Box<dyn Held>> {
         restore(&self.clerk, job)
     }
-    fn held_at(&self, _: &Path) -> Result<Option<Box<dyn Held>>> {
-        // What a command restores ends with the command.
-        Ok(None)
+    fn held_at(&self, door: &Path) -> Result<Option<Box<dyn Held>>> {
+        self.host.held_at(door)
     }
     fn forget(&self, container: &Container) -> Result<()> {
         self.host.forget(container)
@@ -168,7 +178,7 @@ impl Host for HandHost {
 
 /// Has the program restore up to the last gate.
 pub(super) fn restore(clerk: &Arc<dyn Clerk>, job: &RestoreJob) -> Result<Box<dyn Held>> {
-    clerk.tell(Event::Restore { incubator: job.incubator.is_some() });
+    clerk.tell(Event::Restore { incubator: job.incubator.is_some(), door: Some(job.door.clone()) });
     match clerk.word(job.deadline).map_err(HostError)? {
         Word::Restored { pid } => Ok(Box::new(HandHeld { clerk: clerk.clone(), pid, runs: false })),
         early => {
@@ -222,6 +232,11 @@ pub(super) struct ByHand<'a> {
 impl<'a> ByHand<'a> {
     pub fn new(agent: &'a Agent, clerk: Arc<dyn Clerk>) -> Self {
         ByHand { agent, host: Arc::new(HandHost { host: agent.host.clone(), clerk }), origins: Vec::new() }
+    }
+
+    /// For what is left to do when the program went on, or away.
+    pub fn without_clerk(agent: &'a Agent) -> Self {
+        ByHand { agent, host: agent.host.clone(), origins: Vec::new() }
     }
 }
 

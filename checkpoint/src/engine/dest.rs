@@ -104,6 +104,8 @@ pub(super) struct Arrival {
     pub(super) landing: Option<Landing>,
     /// Registered memory that comes along.
     memory: Option<Memory>,
+    /// Something lies ready for its sysfs.
+    pub(super) shown: bool,
     /// When the source last said something, or answered.
     pub heard: Instant,
     /// It comes from files.
@@ -122,6 +124,7 @@ impl Arrival {
             since: Instant::now(),
             landing: None,
             memory: None,
+            shown: false,
             heard: Instant::now(),
             by_hand: None,
         }
@@ -157,7 +160,7 @@ impl Desk {
         lock(&self.0).contains_key(&id)
     }
 
-    fn get(&self, id: MigrationId) -> Option<Entry> {
+    pub(super) fn get(&self, id: MigrationId) -> Option<Entry> {
         lock(&self.0).get(&id).cloned()
     }
 }
@@ -255,6 +258,9 @@ impl Arrival {
         let state = std::mem::replace(&mut self.state, State::Gone);
         let name = order.name();
         let (state, answer) = match (state, order) {
+            (state @ State::Gathering { .. }, Order::Show { devices }) => {
+                (state, self.show(agent, &devices).map(|()| Answer::Done).map_err(failed))
+            }
             (State::Gathering { mut nursery, store }, Order::Incubate { states }) => {
                 let answer = self.incubate(agent, &mut nursery, states);
                 (State::Gathering { nursery, store }, answer)
@@ -485,12 +491,10 @@ impl Arrival {
         agent.moved.host_guest(&self.offer.container, self.offer.lease).map_err(|e| chain(&e))
     }
 
-    /// For the next agent. What a command restores ends with that command, whatever the agent does.
+    /// For the next agent.
     fn write_down(&self, store: &Store, init: i32, stage: impl FnOnce(Note) -> Note) -> Result<(), String> {
-        match &self.by_hand {
-            Some(_) => Ok(()),
-            None => stage(Note::new(&self.source, &self.offer, init, &self.adopted)).write(store.dir()),
-        }
+        let note = Note::new(&self.source, &self.offer, init, &self.adopted).given(store.somebody_elses());
+        stage(note).write(store.dir())
     }
 
     fn commit(
@@ -597,8 +601,12 @@ impl Arrival {
         if nursed && agent.host.container(container).is_err() {
             remove_dir(agent.doors.of(container));
         }
-        if self.memory.take().is_some() && agent.host.container(container).is_err() {
+        let nobody = agent.host.container(container).is_err();
+        if self.memory.take().is_some() && nobody {
             agent.host.drop_memory_files(container);
+        }
+        if std::mem::take(&mut self.shown) && nobody {
+            agent.host.show_no_more(container);
         }
         if let Some(landing) = self.landing.take() {
             landing.remove();

@@ -1,4 +1,4 @@
-//! Small process states for tests, and a host that does nothing.
+//! Small process states for tests, and a host that does nothing, with its agent.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,10 +6,12 @@ use std::sync::Arc;
 use rdma_virt::id::{Handle, ObjId, PGid, PQpn, VGid, VQpn, Vpid};
 use rdma_virt::saved::{ContextState, GidEntry, ProcessState, QpAttr, QpCap, QpPhase, QpState, Remote};
 
-use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Result, Wire};
 use crate::agent::Agent;
 use crate::agent::config::Config;
+
+use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Result, Wire};
 use crate::image::HandOver;
+use crate::likeness::Likeness;
 use crate::net::msg::{Lease, Offer};
 
 /// GID of the source, of the destination, of the peer's host.
@@ -67,7 +69,7 @@ pub fn process(vpid: i32, qps: Vec<QpState>) -> ProcessState {
     }
 }
 
-/// An agent on such a host, which can do nothing but be asked.
+/// An agent on such a host, with its directories below `dir`, that is not started: it can do nothing but be asked.
 pub fn idle_agent(dir: &Path) -> Arc<Agent> {
     let config = Config { state_dir: dir.join("state"), run_dir: dir.join("run"), ..Config::default() };
     std::fs::create_dir_all(&config.run_dir).unwrap();
@@ -145,6 +147,13 @@ impl Host for IdleHost {
         never()
     }
     fn drop_memory_files(&self, _: &str) {}
+    fn likenesses(&self, _: &str) -> Result<Vec<Likeness>> {
+        Ok(Vec::new())
+    }
+    fn show(&self, _: &str, _: &[Likeness]) -> Result<()> {
+        never()
+    }
+    fn show_no_more(&self, _: &str) {}
     /// Every image that is there has its container.
     fn remove_restored(&self, _: &str, images: &Path) -> Result<bool> {
         Ok(images.is_dir())

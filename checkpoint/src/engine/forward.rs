@@ -6,7 +6,7 @@ use std::io::Read;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rdma_virt::id::Vpid;
+use rdma_virt::id::{MigrationId, Vpid};
 use rdma_virt::msg::{KeyTable, Reply, Request};
 use rdma_virt::saved::ProcessState;
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,19 @@ pub(super) struct Forward {
     /// What ends here; `None` where nothing does.
     #[serde(default)]
     pub container: Option<Container>,
+    /// Of a container that comes from files.
+    #[serde(default)]
+    pub image: Option<FromImage>,
+}
+
+/// What a restore by command knows of its image beside the plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct FromImage {
+    /// What the container's shims know the restore as.
+    pub series: MigrationId,
+    /// Addresses of agents that can be told where the container is: of the host it came from, and of others that looked
+    /// for it elsewhere.
+    pub origins: Vec<String>,
 }
 
 /// 16 random bytes.
@@ -70,6 +83,7 @@ impl Run<'_> {
             lease: self.lease,
             hand_over: self.hand_over,
             container: self.container.clone(),
+            image: None,
         };
         self.world.host().gone_to(&self.request.container, Some(&self.to));
         self.effects.dumped = true;

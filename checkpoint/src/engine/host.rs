@@ -10,6 +10,7 @@ use std::time::Duration;
 use rdma_virt::saved::{AdoptedProcess, ProcessState};
 use serde::{Deserialize, Serialize};
 
+use crate::likeness::Likeness;
 use crate::net::msg::JoinLink;
 
 /// A sentence for people, from whoever knows the reason; wraps any error by its whole chain.
@@ -160,6 +161,12 @@ pub trait Host: Send + Sync + 'static {
     fn make_memory_files(&self, id: &str) -> Result<PathBuf>;
     /// Removes it.
     fn drop_memory_files(&self, id: &str);
+    /// What sysfs shows this container of devices that it knew elsewhere; empty where it has never been elsewhere.
+    fn likenesses(&self, id: &str) -> Result<Vec<Likeness>>;
+    /// From its restore on, a container to come is shown these.
+    fn show(&self, id: &str, devices: &[Likeness]) -> Result<()>;
+    /// It does not come.
+    fn show_no_more(&self, id: &str);
     /// Kills and removes a container that was restored from these images, or whose restore from them broke off; whether
     /// there was one. Another one of that id is left alone.
     fn remove_restored(&self, id: &str, images: &Path) -> Result<bool>;

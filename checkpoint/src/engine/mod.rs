@@ -52,6 +52,8 @@
 //! | `forsaken` | containers that were taken back while this host could not be reached |
 //! | [`arrivals`] | what arrives, for those who look on |
 //! | [`park`], [`revive`] | by command instead: to disk, and from there |
+//! | `revived` | a restore by command whose agent was restarted |
+//! | `departed` | peers that ended while they waited for an image |
 //! | [`by_hand`] | the command that runs CRIU in these, as the engine's host |
 //! | `newcomers` | which restored processes still exist, and questions to their shims |
 //! | [`store`] | where an arriving image is put |
@@ -63,6 +65,7 @@ pub mod attempts;
 pub mod by_hand;
 pub mod check;
 mod copy;
+mod departed;
 pub mod dest;
 pub mod elf;
 #[cfg(test)]
@@ -87,8 +90,10 @@ pub mod rebuild;
 pub mod recover;
 pub(crate) mod regmem;
 pub mod revive;
+mod revived;
 pub mod setup;
 mod shipping;
+mod shown;
 pub mod source;
 pub mod store;
 pub mod take_back;

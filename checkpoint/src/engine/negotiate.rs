@@ -32,6 +32,9 @@ impl Run<'_> {
             let paused = self.container()?.paused;
             reasons.extend(self.offer(paused)?);
         }
+        if reasons.is_empty() && !self.request.dry_run {
+            self.show_there()?;
+        }
         if reasons.is_empty() { Ok(()) } else { Err(Stop::Refused(reasons)) }
     }
 

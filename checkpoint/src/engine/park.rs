@@ -27,7 +27,7 @@ use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
 use crate::agent::metrics::Operation;
-use crate::agent::sessions::Session;
+use crate::agent::sessions::{Init, Session};
 use crate::agent::under_way::Role;
 use crate::agent::{Agent, LOCAL, chain, facts, lock};
 use crate::image::{self, ImagedSession, Secret};
@@ -92,7 +92,9 @@ pub fn checkpoint(
     let goes_on = request.pre_dump && matches!(outcome, Outcome::Ended(End::Done(_)));
     if goes_on {
         session.until = Instant::now() + Duration::from_secs(agent.config.deadlines.session);
-        agent.sessions.keep(session);
+        if let Err(e) = agent.sessions.keep(session) {
+            progress.event(Event::Note { text: format!("this series will not outlive the agent: {}", chain(&e)) });
+        }
     }
     lock(&agent.running).remove(&id);
     drop(seen);
@@ -161,6 +163,7 @@ impl Run<'_> {
             // What was claimed stays so, for the session.
             session.claimed = std::mem::take(&mut self.effects.claimed);
             session.plan = self.plan.clone();
+            session.init = Init::of(self.container()?);
             return Ok(false);
         }
         self.phase(Phase::Suspend, Self::suspend)?;
@@ -224,7 +227,8 @@ impl Run<'_> {
             lease: (self.lease.first, self.lease.count),
             plan,
         });
-        image::write(images, &image).map_err(|e| Stop::Failed(chain(&e)))
+        image::write(images, &image).map_err(|e| Stop::Failed(chain(&e)))?;
+        self.show_in(images)
     }
 
     /// The image is complete, and the container goes on with its peers as if nothing had been.

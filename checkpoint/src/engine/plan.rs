@@ -8,7 +8,7 @@ use rdma_virt::msg::{Connect, Count, KeyTable, Request, SwitchLink};
 use rdma_virt::saved::{ContextState, ProcessState, QpPhase, QpState, Remote};
 use serde::{Deserialize, Serialize};
 
-use crate::net::msg::{BornGid, BornQp, End, JoinLink, Lease, Link, MovedProcess};
+use crate::net::msg::{BornGid, BornQp, End, FarEnd, JoinLink, Lease, Link, MovedProcess};
 
 /// One QP of the moving container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -201,6 +201,28 @@ impl Plan {
         let End { container, vpid, comm, connected, .. } = end.clone();
         if connected {
             self.links[at].far = Far::Peer(PeerProcess { agent: agent.into(), container, vpid, comm });
+        }
+    }
+
+    /// Whether this is the process that was found for the link, with the QP it had.
+    pub fn is_far_end(&self, at: usize, found: &FarEnd) -> bool {
+        match (&self.links[at].far, found) {
+            (Far::Peer(peer), FarEnd::Shim(end)) => {
+                end.connected && (&peer.container, peer.vpid) == (&end.container, end.vpid)
+            }
+            _ => false,
+        }
+    }
+
+    /// QPs of a peer are no more: the new QPs of these links point where the old ones did. What the peer has made for its
+    /// other links is to be made again.
+    pub fn without(&mut self, peer: &PeerProcess, gone: &[usize]) {
+        let theirs = Far::Peer(peer.clone());
+        for (at, link) in self.links.iter_mut().enumerate().filter(|(_, l)| l.far == theirs) {
+            (link.second, link.connected_to) = (None, None);
+            if gone.contains(&at) {
+                link.far = Far::AsItWas;
+            }
         }
     }
 

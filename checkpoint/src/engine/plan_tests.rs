@@ -127,6 +127,41 @@ fn every_end_waits_for_what_the_other_has_sent() {
 }
 
 #[test]
+fn a_link_to_a_qp_that_is_no_more_points_where_it_did_and_the_others_are_made_again() {
+    let states = vec![process(7, vec![qp(1, 17, Some(30)), qp(2, 18, Some(31))])];
+    let mut plan = Plan::default();
+    plan.update(&states, here, psn());
+    for (at, vqpn) in [(0, 30), (1, 31)] {
+        plan.found(at, "peer:1", &end(vqpn, true));
+    }
+    let peer = plan.peers().into_keys().next().unwrap();
+    plan.prepared(&peer, &[(VQpn(30), PQpn(55)), (VQpn(31), PQpn(56))]);
+    plan.born = vec![born(7, 1, 17, 40), born(7, 2, 18, 41)];
+    plan.connected(&peer);
+    plan.without(&peer, &[0]);
+    assert_eq!(plan.prepares(), vec![(peer.clone(), Request::Prepare { qps: vec![VQpn(31)] })]);
+    plan.prepared(&peer, &[(VQpn(31), PQpn(57))]);
+    let joins = plan.joins().unwrap();
+    assert_eq!(joins[0].remote, states[0].contexts[0].qps[0].remote.unwrap());
+    assert_eq!(joins[1].remote.pqpn, PQpn(57));
+    let [(_, Request::Connect { links })] = &plan.connects()[..] else { panic!() };
+    assert_eq!(links.iter().map(|l| l.vqpn).collect::<Vec<_>>(), [VQpn(31)]);
+}
+
+#[test]
+fn who_has_the_name_or_the_numbers_of_a_far_end_is_not_it_by_that_alone() {
+    let (plan, ..) = simple();
+    let there = |end: End| plan.is_far_end(0, &FarEnd::Shim(end));
+    assert!(there(end(30, true)));
+    assert!(!there(end(30, false)), "it is not connected any more");
+    assert!(!there(End { container: "q".into(), ..end(30, true) }));
+    assert!(!there(End { vpid: Vpid(10), ..end(30, true) }));
+    for not in [FarEnd::Gone, FarEnd::Foreign("somebody".into())] {
+        assert!(!plan.is_far_end(0, &not));
+    }
+}
+
+#[test]
 fn a_copy_keeps_its_links_inside_and_loses_those_that_lead_out() {
     let mut there = qp(3, 40, Some(41));
     let mut back = qp(4, 41, Some(40));

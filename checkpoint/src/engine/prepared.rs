@@ -15,9 +15,13 @@
 //!
 //! Nothing here is flushed: what is restored does not outlive its host. This is not the record that decides, which
 //! lies with the source.
+//!
+//! What a command restores from files waits in the same way, in the command's hands. There this host has the record, and
+//! that the tasks were about to run is flushed as that is: a note that says "not decided" behind a closed door says that
+//! nothing ever ran, whatever has become of this host since ([`super::revived`]).
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use rdma_virt::id::{MigrationId, Vpid};
@@ -27,11 +31,12 @@ use serde::{Deserialize, Serialize};
 
 use super::dest::{Arrival, Entry, State};
 use super::host::{Held, HostError};
+use super::revive::ByHand;
 use super::store::Store;
 use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
 use crate::net::msg::Offer;
-use crate::record::{read_json, replace_json_unflushed};
+use crate::record::{read_json, replace_json_unflushed, write_json};
 
 /// Name of the note in an image's directory.
 const NOTE: &str = "prepared.json";
@@ -79,6 +84,9 @@ pub(super) struct Note {
     keys: Option<Vec<(Vpid, KeyTable)>>,
     /// Which start of this host it belongs to.
     boot: String,
+    /// The image, where an administrator gave it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    images: Option<PathBuf>,
 }
 
 /// A name that this host's kernel gives itself at each start.
@@ -90,7 +98,27 @@ fn this_boot() -> String {
 impl Note {
     pub fn new(source: &str, offer: &Offer, init: i32, adopted: &[AdoptedProcess]) -> Self {
         let (source, offer, adopted) = (source.to_owned(), offer.clone(), adopted.to_vec());
-        Note { version: VERSION, source, offer, init, adopted, decided: false, keys: None, boot: this_boot() }
+        Note {
+            version: VERSION,
+            source,
+            offer,
+            init,
+            adopted,
+            decided: false,
+            keys: None,
+            boot: this_boot(),
+            images: None,
+        }
+    }
+
+    /// The image came from an administrator.
+    pub fn given(self, images: Option<&Path>) -> Self {
+        Note { images: images.map(Path::to_owned), ..self }
+    }
+
+    #[cfg(test)]
+    pub fn of_boot(self, boot: &str) -> Self {
+        Note { boot: boot.into(), ..self }
     }
 
     pub fn decided(self) -> Self {
@@ -104,6 +132,9 @@ impl Note {
     /// Replaces the note in `dir`, in one step.
     pub fn write(&self, dir: &Path) -> Result<(), String> {
         let path = dir.join(NOTE);
+        if self.images.is_some() && self.decided && self.keys.is_none() {
+            return write_json(&path, self).map_err(|e| chain(&e));
+        }
         replace_json_unflushed(&path, self).map_err(|e| format!("cannot write {}: {e}", path.display()))
     }
 
@@ -167,7 +198,10 @@ pub fn take_up(agent: &Agent) {
         match (id, note, held) {
             (Some(id), Some(note), Some(held)) => go_on(agent, id, &path, note, Some(held)),
             (Some(id), Some(note), None) if note.decided && !past => go_on(agent, id, &path, note, None),
-            (_, _, held) => {
+            (id, note, held) => {
+                if let (Some(id), Some(Note { images: Some(_), decided: false, .. })) = (id, note) {
+                    super::revived::never_ran(agent, id);
+                }
                 if let Some(held) = held
                     && let Err(e) = held.abandon()
                 {
@@ -183,9 +217,15 @@ pub fn take_up(agent: &Agent) {
 
 fn go_on(agent: &Agent, id: MigrationId, dir: &Path, note: Note, held: Option<Box<dyn Held>>) {
     let container = note.offer.container.clone();
-    let store = Store::again(dir.to_owned());
+    let given = note.images.map(|images| Store::given(images, dir.to_owned()));
+    let by_hand = given.is_some();
+    let store = match given.unwrap_or_else(|| Ok(Store::again(dir.to_owned()))) {
+        Ok(store) => store,
+        Err(e) => return eprintln!("{id}: {}", chain(&e)),
+    };
     let mut arrival = Arrival::new(note.source, note.offer);
     arrival.adopted = note.adopted;
+    arrival.by_hand = by_hand.then_some(ByHand::TakenUp);
     arrival.state = match held {
         None => {
             eprintln!("{id} of container {container}: it runs here; going on");
@@ -232,9 +272,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Note::read(dir.path()).unwrap(), None);
         let keys = [(Vpid(1), KeyTable(vec![(VRkey(1), PRkey(2))]))];
-        for (stage, decided, with_keys) in
-            [(note(), false, false), (note().decided(), true, false), (note().with_keys(&keys), true, true)]
-        {
+        let given = note().given(Some(Path::new("/var/image")));
+        for (stage, decided, with_keys) in [
+            (note(), false, false),
+            (note().decided(), true, false),
+            (note().with_keys(&keys), true, true),
+            (given, false, false),
+        ] {
             stage.write(dir.path()).unwrap();
             let read = Note::read(dir.path()).unwrap().unwrap();
             assert_eq!((read.decided, read.keys.is_some()), (decided, with_keys));
@@ -257,9 +301,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let agent = idle_agent(dir.path());
         let [past, present] = [1, 2].map(|n| MigrationId([n; 16]));
-        for (id, boot) in [(past, "another".to_owned()), (present, this_boot())] {
+        for (id, boot) in [(past, "another"), (present, this_boot().as_str())] {
             let store = Store::make(Store::place(&agent.config.state_dir, id), 0).unwrap();
-            Note { boot, ..note().decided() }.write(store.dir()).unwrap();
+            note().decided().of_boot(boot).write(store.dir()).unwrap();
             assert!(crate::engine::forsaken::holds(&agent, id), "what nobody has looked at may be there");
         }
         take_up(&agent);

@@ -63,7 +63,7 @@ pub fn run(agent: &Arc<Agent>) {
             State::Committed => match record.kind {
                 Kind::Migration => finish,
                 Kind::Checkpoint => |agent, record, _| super::park::finish_parked(agent, record),
-                Kind::Restore => |agent, record, _| super::revive::give_up(agent, record),
+                Kind::Restore => super::revived::go_on,
             },
             State::TakenBack if !record.told => super::take_back::tell_destination,
             State::Finished | State::Aborted | State::TakenBack => continue,
@@ -99,10 +99,10 @@ fn undo(agent: &Arc<Agent>, mut record: Record) {
             eprintln!("{id}: {}", chain(&e));
         }
     };
-    // What a restore that was not decided had brought has ended with the command that held it.
-    if record.kind != Kind::Restore
-        && let Ok(container) = agent.host.container(&record.container)
-    {
+    if record.kind == Kind::Restore {
+        // What it had brought waits in the hands of the command, or has ended with it.
+        told(LOCAL, Order::Abandon);
+    } else if let Ok(container) = agent.host.container(&record.container) {
         let report = |what: &str, e: &dyn std::fmt::Display| eprintln!("{id}: {what}: {e}");
         match agent.host.wire(&container.bundle, Some(container.init)) {
             Ok(Some(mut wire)) => {
@@ -149,18 +149,28 @@ impl Progress for Log {
 
 /// The container belongs to the destination: tells everybody who may not have heard.
 fn finish(agent: &Arc<Agent>, record: Record, cancel: &Cancel) {
-    let Some(id) = record.id() else { return };
-    eprintln!("{id} of container {} was committed: finishing it", record.container);
-    let forward: Forward = match serde_json::from_value(record.plan.clone()) {
-        Ok(forward) => forward,
+    if let Some((id, forward)) = decided(&record) {
+        finish_in(&**agent, id, record, forward, cancel);
+    }
+}
+
+/// What a record that decided says.
+pub(super) fn decided(record: &Record) -> Option<(MigrationId, Forward)> {
+    let id = record.id()?;
+    match serde_json::from_value(record.plan.clone()) {
+        Ok(forward) => Some((id, forward)),
         Err(e) => {
             eprintln!("{id}: its record is damaged: {e}");
-            return;
+            None
         }
-    };
+    }
+}
+
+/// Everything after the decision, in these surroundings.
+pub(super) fn finish_in(world: &dyn World, id: MigrationId, record: Record, forward: Forward, cancel: &Cancel) {
+    eprintln!("{id} of container {} was committed: finishing it", record.container);
     let request = MigrateRequest::plain(&record.container, &record.to);
     let log = Log(id);
-    let world: &dyn World = &**agent;
     let mut run = Run::new(world, id, &request, cancel, &log);
     run.go_on(record, forward);
     if let Err(why) = run.forward_again() {

@@ -18,10 +18,10 @@ use serde::{Deserialize, Serialize};
 
 use super::by_hand::{ByHand as Surroundings, Clerk};
 use super::dest::{Arrival, Entry};
-use super::forward::Forward;
+use super::forward::{Forward, FromImage};
 use super::negotiate::offered;
 use super::plan::{PeerProcess, Plan};
-use super::source::{End, Run, Stop, confused};
+use super::source::{End, Run, Side, Stop, confused};
 use super::store::Store;
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress, check, dest};
@@ -32,7 +32,7 @@ use crate::agent::{Agent, LOCAL, chain, is_plain_name, lock};
 use crate::image::{self, HandOver, RdmaImage, Secret};
 use crate::net::msg::{Answer, Fate, Lease, Offer, Order};
 use crate::phase::Phase;
-use crate::record::{Kind, Record, State};
+use crate::record::Kind;
 
 /// A source of a partial restore is asked this often whether there will be a checkpoint.
 const ASK: Duration = Duration::from_secs(20);
@@ -56,6 +56,8 @@ pub(super) enum ByHand {
     Partial { plan: Plan, until: Instant },
     /// The command restores it.
     Restore(Arc<dyn Clerk>),
+    /// The command has restored it, and spoke to an agent before this one.
+    TakenUp,
 }
 
 impl Arrival {
@@ -213,13 +215,18 @@ fn admit(agent: &Agent, request: &RestoreRequest, found: &Found, by_hand: ByHand
     }
     let mut arrival = Arrival::new(source.into(), offer);
     if matches!(by_hand, ByHand::Restore(_)) {
-        arrival.state = dest::State::Gathering { nursery: None, store: Some(Store::given(request.images.clone())) };
+        arrival.state = dest::State::Gathering { nursery: None, store: Some(store(agent, request, found)?) };
     }
     arrival.by_hand = Some(by_hand);
     let (container, source) = (request.container.clone(), source.into());
     let entry = Entry { container, source, arrival: Arc::new(Mutex::new(arrival)) };
     lock(&agent.desk.0).insert(found.id, entry);
     Ok(())
+}
+
+fn store(agent: &Agent, request: &RestoreRequest, found: &Found) -> Result<Store, Stop> {
+    let dir = Store::place(&agent.config.state_dir, found.id);
+    Store::given(request.images.clone(), dir).map_err(|e| Stop::Failed(chain(&e)))
 }
 
 /// `restore --partial`, from beginning to end.
@@ -259,7 +266,10 @@ fn try_partial(
     let _seen = agent.under_way.begin(found.id, name, Role::Destination, "an image");
     let mut run = Run::new(&**agent, found.id, &asked, cancel, progress);
     take_over(&mut run, &found);
-    let made = run.phase(Phase::PreSetup, Run::make_and_connect);
+    let made = run.phase(Phase::PreSetup, |run| {
+        run.leave_out_departed()?;
+        run.make_with_those_left()
+    });
     let plan = run.plan.clone();
     let entry = lock(&agent.desk.0).get(&found.id).cloned();
     if let Some(entry) = &entry {
@@ -396,11 +406,11 @@ fn try_restore(
     let mut world = Surroundings::new(agent, clerk.clone());
     let elsewhere = |at: &&String| agent.client.normalise(at).is_ok() && World::destination(&**agent, at).is_ok();
     world.origins = found.origins.iter().filter(elsewhere).cloned().collect();
-    let asked = MigrateRequest::plain(&request.container, LOCAL);
+    let (asked, origins) = (MigrateRequest::plain(&request.container, LOCAL), world.origins.clone());
     let mut run = Run::new(&world, found.id, &asked, cancel, progress);
     run.record.kind = Kind::Restore;
     take_over(&mut run, found);
-    let ended = run.read_image(agent, request, found, clerk);
+    let ended = run.read_image(agent, request, found, clerk, origins);
     run.end(ended)
 }
 
@@ -411,15 +421,16 @@ impl Run<'_> {
         request: &RestoreRequest,
         found: &Found,
         clerk: &Arc<dyn Clerk>,
+        origins: Vec<String>,
     ) -> Result<(), Stop> {
         self.phase(Phase::Negotiate, |run| run.may_come(agent, request, found, clerk))?;
         self.phase(Phase::PreSetup, |run| {
             run.write_record()?;
             // Without RDMA in use there is nothing to make.
-            if run.states.is_empty() { Ok(()) } else { run.make_and_connect() }
+            if run.states.is_empty() { Ok(()) } else { run.make_with_those_left() }
         })?;
         self.phase(Phase::Restore, Self::restore)?;
-        self.phase(Phase::Commit, Self::stay_here)?;
+        self.phase(Phase::Commit, |run| run.stay_here(found.series, origins))?;
         self.phase(Phase::Switch, Self::switch)?;
         self.phase(Phase::Resume, Self::resume)?;
         self.phase(Phase::Finish, Self::finish)
@@ -463,25 +474,40 @@ impl Run<'_> {
         self.effects.held = true;
         if !found.alone {
             self.unpark(found)?;
+            self.leave_out_departed()?;
         }
         let prepared = waiting(agent, name);
         // From here on there is something to abandon.
         self.effects.offered = true;
         match prepared {
-            None => admit(agent, request, found, ByHand::Restore(clerk.clone()), LOCAL),
+            None => {
+                self.drop_second_qps();
+                admit(agent, request, found, ByHand::Restore(clerk.clone()), LOCAL)
+            }
             Some((_, entry)) => {
                 let mut arrival = lock(&entry.arrival);
                 let state = std::mem::replace(&mut arrival.state, dest::State::Gone);
                 let dest::State::Gathering { nursery, .. } = state else {
                     return Err(Stop::Failed("the partial restore has ended meanwhile; try again".into()));
                 };
-                let fresh = offer(request, found);
+                let (fresh, store) = (offer(request, found), Some(store(agent, request, found)?));
                 *arrival = Arrival::new(LOCAL.into(), fresh);
                 arrival.by_hand = Some(ByHand::Restore(clerk.clone()));
-                arrival.state = dest::State::Gathering { nursery, store: Some(Store::given(request.images.clone())) };
+                arrival.state = dest::State::Gathering { nursery, store };
                 drop(arrival);
                 self.note("the partial restore made before is used");
                 Ok(())
+            }
+        }
+    }
+
+    /// Nothing was prepared here: second QPs that the peers may have made lead to a partial restore that was elsewhere, or
+    /// ended with its agent.
+    fn drop_second_qps(&self) {
+        let asks = self.plan.peers().into_keys().map(|peer| (Side::Peer(peer), Request::Unprepare)).collect();
+        for (side, reply) in self.ask_all(asks, self.answer_time()) {
+            if let Err(stop) = reply {
+                self.note(format!("{side} was not told to drop its second QPs: {stop}"));
             }
         }
     }
@@ -503,37 +529,18 @@ impl Run<'_> {
     }
 
     /// The point of no return: from the record on the container is here.
-    fn stay_here(&mut self) -> Result<(), Stop> {
+    fn stay_here(&mut self, series: MigrationId, origins: Vec<String>) -> Result<(), Stop> {
         let forward = Forward {
             plan: self.plan.clone(),
             states: self.states.clone(),
             lease: self.lease,
             hand_over: self.hand_over,
             container: None,
+            image: Some(FromImage { series, origins }),
         };
         self.decide(&forward)?;
         self.tell_destination()?;
         self.timeline.released();
         Ok(())
-    }
-}
-
-/// After a restart of the agent: the incubator ended with it, so what was not connected never will be. The container is
-/// not there, or its QPs lead nowhere. The image is used up all the same, because nobody knows whether its tasks ran: the
-/// peers' shims wait for nothing more, and give up by themselves.
-pub(super) fn give_up(agent: &Arc<Agent>, mut record: Record) {
-    let Some(id) = record.id() else { return };
-    let wait = Duration::from_secs(agent.config.deadlines.answer);
-    for (at, _) in &record.peers {
-        if let Err(e) = agent.call(at, Some(id), Order::Release { committed: true }, wait) {
-            eprintln!("{id}: {}", chain(&e));
-        }
-    }
-    agent.let_go_of(id);
-    record.state = State::Finished;
-    record.why = Some("the agent was restarted before all ends were connected".into());
-    record.plan = serde_json::Value::Null;
-    if let Err(e) = agent.records.write(&record) {
-        eprintln!("{}", chain(&e));
     }
 }

@@ -81,7 +81,8 @@ impl Run<'_> {
                 return Err(confused(&side, "prepare"));
             };
             if !self.plan.prepared(peer, &qps) {
-                return Err(Stop::Failed(format!("{peer} did not make every second QP it was asked for")));
+                // It does not have them any more.
+                return Err(Stop::Absent(format!("{peer} did not make every second QP it was asked for")));
             }
         }
         Ok(())

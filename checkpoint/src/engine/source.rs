@@ -27,14 +27,14 @@ use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
 use crate::agent::chain;
-use crate::agent::metrics::Outcome;
+use crate::agent::metrics::{Operation, Outcome};
 use crate::agent::shims::ShimError;
 use crate::agent::under_way::{Role, Seen, Stage};
 use crate::image::HandOver;
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, DeviceFacts, Lease, Order, Refusal};
 use crate::phase::Phase;
-use crate::record::{Record, State};
+use crate::record::{Kind, Record, State};
 use crate::timeline::{Summary, Timeline};
 
 /// Why the list of phases ended early.
@@ -47,7 +47,7 @@ pub enum Stop {
         by: MigrationId,
         text: String,
     },
-    /// A process that takes part has ended, or has lost its shim.
+    /// A process that takes part, or a QP of it, has ended, or it has lost its shim.
     Absent(String),
     /// A connection is in the making, known to its far end only.
     HalfOpen(String),
@@ -321,14 +321,18 @@ impl<'a> Run<'a> {
 
     /// Takes up a committed migration whose agent was restarted.
     pub(super) fn go_on(&mut self, record: Record, forward: super::forward::Forward) {
-        let super::forward::Forward { plan, states, lease, hand_over, container } = forward;
+        let super::forward::Forward { plan, states, lease, hand_over, container, .. } = forward;
         self.hand_over = hand_over;
         self.effects.committed = true;
         self.effects.claimed = record.peers.iter().map(|(agent, _)| agent.clone()).collect();
         self.effects.images = Some(self.world.config().state_dir.join("outgoing").join(&record.id));
         self.container = container;
         self.to = record.to.clone();
-        self.seen = Some(self.world.under_way().begin(self.id, &record.container, Role::Source, &record.to));
+        let (role, other) = match record.kind {
+            Kind::Restore => (Role::Destination, "an image"),
+            Kind::Migration | Kind::Checkpoint => (Role::Source, record.to.as_str()),
+        };
+        self.seen = Some(self.world.under_way().begin(self.id, &record.container, role, other));
         (self.record, self.plan, self.states, self.lease) = (record, plan, states, lease);
     }
 
@@ -341,7 +345,12 @@ impl<'a> Run<'a> {
             self.phase(Phase::Resume, Self::resume)?;
         }
         self.phase(Phase::Finish, Self::finish)?;
-        self.world.metrics().migration(Role::Source, Outcome::FinishedLater);
+        match self.record.kind {
+            Kind::Restore => self.world.metrics().image(Operation::Restore, Outcome::FinishedLater),
+            Kind::Migration | Kind::Checkpoint => {
+                self.world.metrics().migration(Role::Source, Outcome::FinishedLater);
+            }
+        }
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use crate::agent::under_way::UnderWay;
 use crate::engine::fixture::{DST, process, qp};
 use crate::engine::host::{DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob};
 use crate::engine::world::OwnShim;
+use crate::likeness::Likeness;
 use crate::net::msg::{BornQp, End as FarShim, FarEnd, MovedProcess};
 use crate::record::Records;
 use proptest::prelude::*;
@@ -50,6 +51,10 @@ struct Truth {
     half_open: bool,
     /// The destination says nothing any more.
     silent: bool,
+    /// The peer's process ends when it is asked for a second QP,
+    mortal: bool,
+    /// and has ended.
+    peer_ended: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,7 +180,17 @@ impl World for Fake {
         if at == "dst" && self.truth.lock().unwrap().silent {
             return Err(refused("it is silent".into()));
         }
-        self.script().step(&format!("{at}: {name}"), |t| answer(t, order)).map_err(refused)
+        let answered = self.script().step(&format!("{at}: {name}"), |t| {
+            if let Order::Relay { request, .. } = &order {
+                t.peer_ended |= t.mortal && matches!(request, Request::Prepare { .. });
+                if t.peer_ended {
+                    return None;
+                }
+            }
+            Some(answer(t, order))
+        });
+        let ended = || CallError::Refused { at: at.to_owned(), order: name, refusal: Refusal::Absent("ended".into()) };
+        answered.map_err(refused)?.ok_or_else(ended)
     }
 
     fn shim(
@@ -257,6 +272,7 @@ fn state() -> ProcessState {
 /// What destination and peer do.
 fn answer(t: &mut Truth, order: Order) -> Answer {
     match order {
+        Order::Find { links } if t.peer_ended => Answer::Found(vec![FarEnd::Gone; links.len()]),
         Order::Find { links } => {
             let (container, comm) = ("p".to_owned(), "peer".to_owned());
             let end = FarShim { container, vpid: Vpid(9), comm, vqpn: VQpn(30), connected: true };
@@ -414,6 +430,13 @@ impl Host for Script {
         Err(HostError("not here".into()))
     }
     fn drop_memory_files(&self, _: &str) {}
+    fn likenesses(&self, _: &str) -> crate::engine::host::Result<Vec<Likeness>> {
+        Ok(Vec::new())
+    }
+    fn show(&self, _: &str, _: &[Likeness]) -> crate::engine::host::Result<()> {
+        Err(HostError("not here".into()))
+    }
+    fn show_no_more(&self, _: &str) {}
     fn remove_restored(&self, _: &str, _: &Path) -> crate::engine::host::Result<bool> {
         Ok(false)
     }
@@ -565,6 +588,62 @@ fn a_destination_that_was_restarted_is_not_taken_for_one_that_has_finished() {
     let record = fake.records.read(ID).unwrap().unwrap();
     assert_eq!((record.state, record.resumed), (State::Committed, false));
     assert!(fake.config.state_dir.join("outgoing").join(ID.to_string()).exists(), "the image is all there is");
+}
+
+/// A restore, as far as new objects are made and connected; where they are connected to, and what was said.
+fn made_from_files(fake: &Fake) -> (Vec<PQpn>, Vec<String>) {
+    struct Notes(Mutex<Vec<String>>);
+    impl Progress for Notes {
+        fn event(&self, event: Event) {
+            if let Event::Note { text } = event {
+                self.0.lock().unwrap().push(text);
+            }
+        }
+    }
+    let (request, cancel, notes) = (request(true, None), Cancel::default(), Notes(Mutex::default()));
+    let mut run = Run::new(fake, ID, &request, &cancel, &notes);
+    run.states = vec![state()];
+    let end = FarShim { container: "p".into(), vpid: Vpid(9), comm: "peer".into(), vqpn: VQpn(30), connected: true };
+    run.plan.update(&run.states, |_| false, || 1);
+    run.plan.found(0, "peer", &end);
+    run.leave_out_departed().unwrap();
+    run.make_with_those_left().unwrap();
+    let joined = run.plan.joins().unwrap().iter().map(|l| l.remote.pqpn).collect();
+    drop(run);
+    (joined, notes.0.into_inner().unwrap())
+}
+
+#[test]
+fn a_peer_that_ended_while_it_waited_or_ends_now_is_left_out_and_named() {
+    let (second, old) = (PQpn(55), PQpn(30));
+    let all = Fake::new(None);
+    assert_eq!(made_from_files(&all), (vec![second], Vec::new()));
+    let (ended, ends) = (Fake::new(None), Fake::new(None));
+    ended.truth.lock().unwrap().peer_ended = true;
+    ends.truth.lock().unwrap().mortal = true;
+    for fake in [&ended, &ends] {
+        let (joined, notes) = made_from_files(fake);
+        assert_eq!(joined, [old], "it points where it did");
+        let [note] = &notes[..] else { panic!("{notes:?}") };
+        assert!(note.contains("peer (pid 9 of container p at peer)") && note.contains("dead remote"), "{note}");
+        assert!(!fake.truth.lock().unwrap().connected);
+    }
+}
+
+#[test]
+fn a_peer_that_cannot_be_asked_has_not_ended() {
+    let fake = Fake::new(None);
+    // Not in the report, and no answer either.
+    let (request, cancel) = (request(true, None), Cancel::default());
+    let mut run = Run::new(&fake, ID, &request, &cancel, &Quiet);
+    run.states = vec![state()];
+    run.plan.update(&run.states, |_| false, || 1);
+    let end = FarShim { container: "q".into(), vpid: Vpid(9), comm: "peer".into(), vqpn: VQpn(30), connected: true };
+    run.plan.found(0, "peer", &end);
+    fake.steps.lock().unwrap().1 = Some((1, Fault::Before));
+    let stop = run.leave_out_departed().unwrap_err();
+    assert!(matches!(stop, Stop::Failed(_)), "{stop:?}");
+    assert_eq!(run.plan.peers().len(), 1);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use rdma_virt::id::MigrationId;
 
 use crate::net::msg::{Order, PIECE, WholeFile};
+use crate::record::{RecordError, make_dir};
 
 /// Room over the source's estimate that an image may take, bytes.
 const SLACK: u64 = 1 << 30;
@@ -55,8 +56,8 @@ const MOST_ROUNDS: u32 = 1000;
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
-    /// Somebody else's: it is complete, and stays.
-    given: bool,
+    /// Where somebody else's image lies: it is complete, and stays.
+    given: Option<PathBuf>,
     /// Where the files that arrive now go.
     at: PathBuf,
     /// Rounds of pre-copy that arrived.
@@ -87,12 +88,12 @@ impl Store {
         }
         let limit = expected.saturating_mul(2).saturating_add(SLACK);
         let at = dir.join("images");
-        Ok(Store { dir, given: false, at, rounds: 0, open: None, files: 0, left: limit, limit })
+        Ok(Store { dir, given: None, at, rounds: 0, open: None, files: 0, left: limit, limit })
     }
 
     /// The complete image that an agent before this one received.
     pub fn again(dir: PathBuf) -> Self {
-        Store { at: dir.join("images"), dir, given: false, rounds: 0, open: None, files: 0, left: 0, limit: 0 }
+        Store { at: dir.join("images"), dir, given: None, rounds: 0, open: None, files: 0, left: 0, limit: 0 }
     }
 
     /// The directory of all this.
@@ -100,16 +101,21 @@ impl Store {
         &self.dir
     }
 
-    /// An image that an administrator gave; it lies there as a whole.
-    pub fn given(images: PathBuf) -> Self {
-        Store { at: images.clone(), dir: images, given: true, rounds: 0, open: None, files: 0, left: 0, limit: 0 }
+    /// An image that an administrator gave; it lies there as a whole. What belongs to its restore comes into `dir`, which
+    /// is made if missing.
+    pub fn given(images: PathBuf, dir: PathBuf) -> Result<Self, RecordError> {
+        make_dir(&dir)?;
+        let (at, given) = (images.clone(), Some(images));
+        Ok(Store { dir, given, at, rounds: 0, open: None, files: 0, left: 0, limit: 0 })
+    }
+
+    /// See [`Store::given`].
+    pub fn somebody_elses(&self) -> Option<&Path> {
+        self.given.as_deref()
     }
 
     pub fn images(&self) -> PathBuf {
-        if self.given {
-            return self.dir.clone();
-        }
-        self.dir.join("images")
+        self.given.clone().unwrap_or_else(|| self.dir.join("images"))
     }
 
     pub fn work(&self) -> PathBuf {
@@ -212,9 +218,6 @@ impl Store {
 
     /// Removes everything that arrived.
     pub fn remove(self) -> Result<(), StoreError> {
-        if self.given {
-            return Ok(());
-        }
         fs::remove_dir_all(&self.dir).map_err(|source| StoreError::Write { path: self.dir, source })
     }
 }
@@ -295,6 +298,18 @@ mod tests {
         s.left = 1;
         s.take(start("c")).unwrap();
         assert!(matches!(s.take(Order::FilePiece { bytes: vec![0; 2] }), Err(StoreError::TooBig { .. })));
+    }
+
+    #[test]
+    fn an_image_that_was_given_stays_and_what_belongs_to_its_restore_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (images, beside) = (dir.path().join("final"), dir.path().join("in/x"));
+        fs::create_dir(&images).unwrap();
+        let store = Store::given(images.clone(), beside.clone()).unwrap();
+        assert_eq!((store.images(), store.dir()), (images.clone(), beside.as_path()));
+        store.is_complete(0).unwrap();
+        store.remove().unwrap();
+        assert!(images.exists() && !beside.exists());
     }
 
     #[test]

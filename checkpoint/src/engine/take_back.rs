@@ -284,11 +284,7 @@ fn try_recover(
     let again = format!("its image is kept, and `migrrdma recover {}` tries again", record.container);
     Ok(match end {
         End::Done(summary) => {
-            record.plan = serde_json::Value::Null;
-            if let Err(e) = agent.records.write(&record) {
-                note(chain(&e));
-            }
-            let _ = fs::remove_dir_all(&kept.base);
+            close(agent, id, record).unwrap_or_else(note);
             End::Done(summary)
         }
         End::Refused(mut reasons) => {
@@ -300,6 +296,34 @@ fn try_recover(
         }
         other => other,
     })
+}
+
+/// Nothing of it has to be tried again.
+fn close(agent: &Agent, id: MigrationId, record: Record) -> Result<(), String> {
+    let written = agent.records.write(&Record { plan: serde_json::Value::Null, ..record });
+    let _ = fs::remove_dir_all(outgoing(agent, id));
+    written.map_err(|e| chain(&e))
+}
+
+/// A restore has ended well whose agent was restarted in the middle of it; of this one, if it was taken back.
+pub(super) fn restored_later(agent: &Agent, id: MigrationId, cancel: &Cancel) {
+    let open = || agent.records.read(id).map_err(|e| chain(&e)).map(|r| r.filter(|r| r.state == State::TakenBack));
+    let closed = || match open()? {
+        Some(record) if is_open(&record) => {
+            // Whoever still tells the destination writes the record, too.
+            let _slot = Slot::take(agent, id, cancel)?;
+            open()?.map_or(Ok(()), |record| close(agent, id, record))
+        }
+        _ => Ok(()),
+    };
+    if let Err(why) = closed() {
+        eprintln!("{id}: {why}");
+    }
+}
+
+/// Where its image is kept.
+fn outgoing(agent: &Agent, id: MigrationId) -> PathBuf {
+    agent.config.state_dir.join("outgoing").join(id.to_string())
 }
 
 /// What is left of the container here.
@@ -315,7 +339,7 @@ impl Kept {
         let forward: Forward =
             serde_json::from_value(record.plan.clone()).map_err(|e| format!("the record of {id} is damaged: {e}"))?;
         let container = forward.container.clone().ok_or_else(|| format!("the record of {id} names no container"))?;
-        let base = agent.config.state_dir.join("outgoing").join(id.to_string());
+        let base = outgoing(agent, id);
         let images = base.join("images");
         if !images.is_dir() {
             return Err(format!("its image {} is not there any more", images.display()));

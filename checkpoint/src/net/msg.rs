@@ -18,9 +18,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::image::{HandOver, Secret};
+use crate::likeness::Likeness;
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 8;
+pub const VERSION: u16 = 9;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -158,8 +159,8 @@ pub enum Order {
     /// Not committed and never will be: nothing of it may stay. → [`Answer::Done`], also for an unknown migration.
     Abandon,
 
-    // ---- a destination that seems to be gone: last, because images of registered memory on disk know the others by
-    // ---- their places in this list
+    // ---- later than the others: last, because images of registered memory on disk know those by their places in this
+    // ---- list. Of a destination that seems to be gone:
     /// Of anybody: does that agent answer you? → [`Answer::Has`]
     Reaches { at: String },
     /// Of the destination: is anything of it still with you? → [`Answer::Has`]
@@ -168,6 +169,8 @@ pub enum Order {
     /// again: whatever of it is with you ends, and who waits for it waits no longer. → [`Answer::Done`], also for an
     /// unknown migration
     TakenBack { container: String },
+    /// Of the destination: sysfs shall show the container these devices as it knew them. → [`Answer::Done`]
+    Show { devices: Vec<Likeness> },
 }
 
 impl Order {
@@ -189,6 +192,7 @@ impl Order {
             Order::Park { .. } => "park",
             Order::Unpark { .. } => "unpark",
             Order::Offer { .. } => "offer",
+            Order::Show { .. } => "show",
             Order::Incubate { .. } => "incubate",
             Order::Join { .. } => "join",
             Order::TreeStart { .. } | Order::TreePiece { .. } | Order::TreeEnd => "tree",

@@ -249,6 +249,7 @@ impl Context {
     pub fn modify_srq_limit(&self, srq: Handle, limit: u32) -> Result<(), UverbsError> {
         let req = abi::ModifySrq { srq_handle: srq.0, attr_mask: abi::SRQ_ATTR_LIMIT, max_wr: 0, srq_limit: limit };
         let (mut call, _) = Call::legacy::<_, u32>(abi::CMD_MODIFY_SRQ, &req, false);
+        self.provider.change_srq(&mut call);
         self.run("modify_srq", &mut call)
     }
 

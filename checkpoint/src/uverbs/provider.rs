@@ -38,6 +38,8 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
     fn cq(&self, call: &Call, slot: Slot) -> Option<Mapping>;
     fn ask_srq(&self, call: &mut Call) -> Option<Slot>;
     fn srq(&self, call: &Call, slot: Slot) -> Option<Mapping>;
+    /// What the driver wants to be told with a change of an SRQ.
+    fn change_srq(&self, call: &mut Call);
     fn ask_qp(&self, call: &mut Call) -> Option<Slot>;
     fn qp(&self, call: &Call, slot: Slot) -> QpMappings;
 }
@@ -74,6 +76,11 @@ impl Provider for Rxe {
 
     fn srq(&self, call: &Call, slot: Slot) -> Option<Mapping> {
         call.result::<RxeCreateSrqResp>(slot).mi.into()
+    }
+
+    fn change_srq(&self, call: &mut Call) {
+        // Where to write about a queue of another size, of which there is none; without it the call is refused.
+        call.input(abi::ATTR_UHW_IN, &0u64);
     }
 
     fn ask_qp(&self, call: &mut Call) -> Option<Slot> {
@@ -118,6 +125,8 @@ impl Provider for Unknown {
     fn srq(&self, _: &Call, _: Slot) -> Option<Mapping> {
         None
     }
+
+    fn change_srq(&self, _: &mut Call) {}
 
     fn ask_qp(&self, _: &mut Call) -> Option<Slot> {
         None

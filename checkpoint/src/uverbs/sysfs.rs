@@ -94,7 +94,7 @@ fn devices_under(class: &Path, nodes: &Path) -> Result<Vec<Device>, UverbsError>
 
 /// Hardware has a `device/driver` link. Of the software devices only rxe shows a `parent` file (its netdev); whether
 /// it really is rxe the first command on it proves, because each command carries the driver's number.
-fn driver(dir: &Path) -> String {
+pub(crate) fn driver(dir: &Path) -> String {
     if let Ok(link) = fs::read_link(dir.join("device/driver"))
         && let Some(name) = link.file_name()
     {

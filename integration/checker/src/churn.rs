@@ -2,7 +2,7 @@
 //! for every message or open connections all the time.
 
 use crate::rig::{Local, Rig};
-use crate::verbs::{Context, Cq, Memory, Mr, Qp, QpOptions};
+use crate::verbs::{Context, Cq, Memory, Mr, Qp};
 use anyhow::{Context as _, Result, bail};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -20,18 +20,7 @@ fn churn(rig: &Arc<Rig>, local: &Local) -> Result<()> {
     let memory = Memory::map(64 << 10, 0)?;
     let context = Context::open(local.device.as_deref())?;
     let pd = context.alloc_pd()?;
-    let options = QpOptions {
-        sends: 8,
-        recvs: 8,
-        inline: 0,
-        port: rig.port,
-        gid_index: rig.gid_index,
-        rd_atomic: 1,
-        timeout: rig.w.timeout,
-        retry: rig.w.retry,
-        rnr_retry: rig.w.rnr_retry,
-        mtu: rig.w.mtu_code().unwrap_or(3),
-    };
+    let options = rig.small_qp();
     while !rig.stop.load(SeqCst) {
         let mr = Mr::register(&pd, &memory, true, false).context("register")?;
         let cq = Cq::create(&context, 16, None, 0).context("make a CQ")?;

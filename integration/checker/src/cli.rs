@@ -130,9 +130,6 @@ pub struct End {
     /// GID index; the first IPv4 one if not given
     #[arg(long)]
     pub gid_index: Option<u8>,
-    /// What sysfs says of the device, read past the library, must not change either
-    #[arg(long)]
-    pub check_sysfs: bool,
     /// Register so many MiB in all: what the QPs leave of it is filled, registered and not used
     #[arg(long, value_name = "MIB", default_value_t = 0)]
     pub registered: u32,
@@ -173,7 +170,6 @@ impl End {
             device: self.device.clone(),
             port: self.ib_port,
             gid_index: self.gid_index,
-            check_sysfs: self.check_sysfs,
             registered: (self.registered as usize) << 20,
             one_registration: self.one_registration,
             connect_late: std::time::Duration::from_secs_f64(self.connect_late),

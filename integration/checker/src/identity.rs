@@ -20,8 +20,8 @@ struct ContextIdentity {
     gid: [u8; 16],
     /// Device number of the node in /dev/infiniband, if there is one.
     node: Option<u64>,
-    /// What sysfs says, read past the library: RDMA device of the verbs device, node GUID.
-    sysfs: Option<[Option<String>; 2]>,
+    /// What sysfs says, read past the library.
+    sysfs: Vec<(String, Option<String>)>,
 }
 
 /// A picture of everything, to compare later ones with.
@@ -43,14 +43,11 @@ impl Identity {
         for c in &rig.contexts {
             let device = c.device().map_err(|e| e.to_string())?;
             let node = format!("/dev/infiniband/{}", device.node);
-            let read = |p: String| std::fs::read_to_string(p).ok().map(|s| s.trim().to_owned());
             contexts.push(ContextIdentity {
                 port: c.port(rig.port).map_err(|e| e.to_string())?,
                 gid: c.gid(rig.port, i32::from(rig.gid_index)).map_err(|e| e.to_string())?,
                 node: std::fs::metadata(node).ok().map(|m| m.rdev()),
-                sysfs: rig.check_sysfs.then(|| {
-                    [read(format!("{}/ibdev", device.dev_path)), read(format!("{}/node_guid", device.ibdev_path))]
-                }),
+                sysfs: sysfs(&device, rig.port, rig.gid_index),
                 device,
             });
         }
@@ -107,6 +104,25 @@ impl Identity {
         }
         Ok(())
     }
+}
+
+/// Files of the verbs device, of the RDMA device, of its port and of the GID in use.
+fn sysfs(device: &DeviceInfo, port: u8, gid: u8) -> Vec<(String, Option<String>)> {
+    let DeviceInfo { dev_path, ibdev_path, .. } = device;
+    let port = format!("{ibdev_path}/ports/{port}");
+    let files = [
+        format!("{dev_path}/ibdev"),
+        format!("{dev_path}/dev"),
+        format!("{ibdev_path}/node_guid"),
+        format!("{ibdev_path}/node_desc"),
+        format!("{ibdev_path}/node_type"),
+        format!("{port}/link_layer"),
+        format!("{port}/state"),
+        format!("{port}/gids/{gid}"),
+        format!("{port}/gid_attrs/types/{gid}"),
+        format!("{port}/gid_attrs/ndevs/{gid}"),
+    ];
+    files.map(|path| (path.clone(), std::fs::read_to_string(path).ok())).into()
 }
 
 fn changed<T: PartialEq + std::fmt::Debug>(rig: &Rig, what: &str, before: &T, now: &T) {

@@ -36,6 +36,7 @@ pub mod stuck;
 pub mod threads;
 pub mod timeline;
 pub mod tracker;
+pub mod unread;
 pub mod verbs;
 pub mod wake;
 pub mod wire;

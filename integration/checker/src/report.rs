@@ -37,6 +37,8 @@ pub struct Outcome {
     pub cq_events: u64,
     /// Asynchronous events that concern the port or device.
     pub async_events: u64,
+    /// Asynchronous events that were left unread and found at the end of the run, as they had to be.
+    pub unread_events: u64,
     /// Rounds in which every query answered as at the start.
     pub identity_checks: u64,
     /// Objects made and destroyed beside the load.
@@ -108,6 +110,7 @@ pub fn gather(rig: &Rig, heartbeats: u64) -> Outcome {
         bytes: get(&s.bytes),
         cq_events: get(&s.cq_events),
         async_events: get(&s.async_events),
+        unread_events: get(&s.unread_events),
         identity_checks: get(&s.identity_checks),
         churned: get(&s.churned),
         heartbeats,

@@ -27,8 +27,6 @@ pub struct Local {
     pub port: u8,
     /// GID index; the first IPv4 one if none.
     pub gid_index: Option<u8>,
-    /// Files of sysfs must not change either.
-    pub check_sysfs: bool,
     /// Bytes to be registered in all: what the QPs leave of it is registered as well and lies idle.
     pub registered: usize,
     /// The memory of all QPs is one registration.
@@ -76,8 +74,6 @@ pub struct Rig {
     pub port: u8,
     /// Local GID index.
     pub gid_index: u8,
-    /// Whether the identity check reads sysfs.
-    pub check_sysfs: bool,
     /// Open devices.
     pub contexts: Vec<Context>,
     pds: Vec<Pd>,
@@ -136,7 +132,6 @@ impl Rig {
             side,
             port: local.port,
             gid_index,
-            check_sysfs: local.check_sysfs,
             contexts,
             pds: Vec::new(),
             queues: Vec::new(),
@@ -272,6 +267,18 @@ impl Rig {
             rnr_retry: self.w.rnr_retry,
             mtu: self.w.mtu_code().unwrap_or(3),
         }
+    }
+
+    /// Options of a QP beside those that carry the load.
+    #[must_use]
+    pub fn small_qp(&self) -> QpOptions {
+        QpOptions { sends: 8, recvs: 8, inline: 0, rd_atomic: 1, ..self.options() }
+    }
+
+    /// QPs among the unused ones that were taken to SQD, and report once that they are drained.
+    #[must_use]
+    pub fn drained_once(&self) -> u64 {
+        u64::from(self.w.idle_qps)
     }
 
     fn pool(&mut self, owner: u16, pd: usize, depth: u32, srq: Option<Srq>) -> Result<Arc<Pool>> {

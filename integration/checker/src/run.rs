@@ -10,6 +10,8 @@ use crate::report::{self, Outcome};
 use crate::rig::{Local, Rig};
 use crate::signals;
 use crate::timeline::say;
+use crate::unread::Unread;
+use crate::verbs::AsyncEvent;
 use crate::wire::{LaneTotals, Message, VERSION, Wire};
 use crate::workload::{Completions, Workload};
 use crate::{churn, compare, timeline};
@@ -72,6 +74,7 @@ pub fn run(side: Side, mut wire: Wire, workload: Option<Workload>, local: &Local
     rig.connect(&offers)?;
     let identity = Identity::of(&rig).map_err(anyhow::Error::msg)?;
     identity.plausible(&rig).map_err(anyhow::Error::msg)?;
+    let mut unread = rig.w.async_events.then(|| Unread::leave(&rig, local)).transpose()?;
     let child = watch.sleeping_child.then(crate::processes::sleeping_child).transpose()?;
     wire.send(&Message::Ready)?;
     match expect(&mut wire, patience, "the other end to be ready")? {
@@ -93,6 +96,9 @@ pub fn run(side: Side, mut wire: Wire, workload: Option<Workload>, local: &Local
         let (rig, local) = (rig.clone(), local.clone());
         threads.push(std::thread::Builder::new().name("churn".into()).spawn(move || churn::run(&rig, &local))?);
     }
+    if let Some(unread) = &mut unread {
+        unread.wait()?;
+    }
     let alive = Arc::new(AtomicU64::new(0));
     {
         // The main thread makes verbs calls too; one that never returns must not go unnoticed.
@@ -107,7 +113,7 @@ pub fn run(side: Side, mut wire: Wire, workload: Option<Workload>, local: &Local
     conduct.abort_if_failed();
     drop(conduct);
     alive.store(u64::MAX, SeqCst);
-    finish(rig, threads, stamp, child, heartbeats)
+    finish(rig, threads, stamp, child, unread, heartbeats)
 }
 
 /// Ends the threads, destroys everything, gathers the outcome.
@@ -116,6 +122,7 @@ fn finish(
     threads: Vec<JoinHandle<()>>,
     stamp: JoinHandle<()>,
     child: Option<crate::processes::Child>,
+    unread: Option<Unread>,
     heartbeats: u64,
 ) -> Result<Outcome> {
     let (clock, failures) = (rig.clock.clone(), rig.failures.clone());
@@ -125,6 +132,17 @@ fn finish(
             failures
                 .add(format!("thread {} does not end: it is stuck in a verbs call", t.thread().name().unwrap_or("?")));
         }
+    }
+    if let Some(unread) = unread
+        && failures.count() == 0
+    {
+        // Waiting for an event may hang, and so may destroying what one is about.
+        let done = report::watchdog("reading the asynchronous events", Duration::from_secs(60));
+        match unread.judge() {
+            Ok(events) => rig.stats.unread_events.store(events, Relaxed),
+            Err(e) => failures.add(format!("asynchronous events left unread: {e:#}")),
+        }
+        done.store(true, SeqCst);
     }
     let mut outcome = report::gather(&rig, heartbeats);
     if failures.count() > 0 {
@@ -198,6 +216,7 @@ struct Conduct {
     stop_asked: bool,
     peer_totals: Option<Vec<Vec<LaneTotals>>>,
     peer_verdict: Option<(bool, Vec<String>)>,
+    drained: u64,
     last_heard: f64,
     phase_since: f64,
     alive: Arc<AtomicU64>,
@@ -223,6 +242,7 @@ impl Conduct {
             stop_asked: false,
             peer_totals: None,
             peer_verdict: None,
+            drained: 0,
             last_heard: 0.0,
             phase_since: 0.0,
             alive,
@@ -314,6 +334,11 @@ impl Conduct {
                 let (name, broken) = e.meaning();
                 if broken {
                     self.rig.failures.add(format!("asynchronous event: {name} ({}) on {:#x}", e.kind, e.element));
+                }
+                self.drained += u64::from(e.kind == AsyncEvent::SQ_DRAINED);
+                if self.drained > self.rig.drained_once() {
+                    let (times, due) = (self.drained, self.rig.drained_once());
+                    self.rig.failures.add(format!("{times} events say that a send queue is drained, not {due}"));
                 }
                 self.rig.stats.async_events.fetch_add(1, Relaxed);
             }

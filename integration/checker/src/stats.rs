@@ -31,6 +31,8 @@ pub struct Stats {
     pub churned: AtomicU64,
     /// Device-wide asynchronous events that concern no object of ours.
     pub async_events: AtomicU64,
+    /// Asynchronous events that were left unread on purpose and found in the end.
+    pub unread_events: AtomicU64,
     last_ns: AtomicU64,
     max_gap_ns: AtomicU64,
     max_gap_end_ns: AtomicU64,

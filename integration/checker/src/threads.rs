@@ -17,6 +17,10 @@ use std::time::Duration;
 /// Empty polls in a row before a polling thread sleeps for a moment.
 const PATIENCE: u32 = 32;
 
+/// That moment; and under a paced load, which leaves time to sleep: an emulated node pays much for waking up.
+const MOMENT: Duration = Duration::from_micros(100);
+const PACED_MOMENT: Duration = Duration::from_millis(3);
+
 impl Rig {
     fn posting(&self) -> bool {
         !self.w.one_way || self.side == crate::pattern::Side::Client
@@ -41,16 +45,21 @@ impl Rig {
     /// Body of posting thread `n`: lane `n` of every QP.
     fn post_loop(&self, n: usize) {
         let wake = &self.wakes[n];
-        while !self.stop.load(SeqCst) {
+        let starving = if self.w.rate > 0 { 5 } else { 1 };
+        // What a paced load allows goes to whoever comes first: each in turn.
+        for turn in (0..self.links.len()).cycle() {
+            if self.stop.load(SeqCst) {
+                break;
+            }
             wake.announce();
             let (mut posted, mut starved) = (0, false);
-            for l in &self.links {
+            for l in self.links[turn..].iter().chain(&self.links[..turn]) {
                 let (p, s) = self.pump(l, n);
                 posted += p;
                 starved |= s;
             }
             if posted == 0 {
-                wake.wait(if starved { 1 } else { 20 });
+                wake.wait(if starved { starving } else { 20 });
             }
         }
     }
@@ -76,13 +85,14 @@ impl Rig {
             self.sweep(&unit.queues, &mut round)?;
         }
         let mut empty = 0;
+        let moment = if self.w.rate > 0 { PACED_MOMENT } else { MOMENT };
         while !self.stop.load(SeqCst) {
             let Some(channel) = &unit.channel else {
                 let n = self.sweep(&unit.queues, &mut round)?;
                 empty = if n == 0 { empty + 1 } else { 0 };
                 self.post_here(unit);
                 if empty > PATIENCE {
-                    std::thread::sleep(Duration::from_micros(100));
+                    std::thread::sleep(moment);
                 } else if n == 0 {
                     std::thread::yield_now();
                 }

@@ -13,7 +13,7 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 /// Raised when the messages change.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest message.
 const LINE: usize = 8 << 20;
 /// An interruption of waiting for a client costs at most so much of the time for it, milliseconds.

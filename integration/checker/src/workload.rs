@@ -232,6 +232,9 @@ pub struct Workload {
     /// Also keep unused QPs in the states RESET, INIT, RTR, SQD and ERR
     #[arg(long)]
     pub idle_qps: bool,
+    /// Leave asynchronous events unread until the end of the run, and have a thread wait for one all the time
+    #[arg(long)]
+    pub async_events: bool,
     /// The server posts no RECV anew for so many seconds, 3 seconds after the start (implies --no-credits)
     #[arg(long, default_value_t = 0.0)]
     pub starve: f64,

@@ -71,6 +71,19 @@ pub fn shell_status(done: &Done) -> i32 {
     }
 }
 
+/// The same on several nodes at once, results in their order. They are machines of their own: one after the other, each
+/// would wait while the others idle.
+pub fn each<'a, T: Sync + 'a, R: Send>(
+    nodes: impl IntoIterator<Item = &'a T>,
+    f: impl Fn(&'a T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    thread::scope(|scope| {
+        let f = &f;
+        let running: Vec<_> = nodes.into_iter().map(|node| scope.spawn(move || f(node))).collect();
+        running.into_iter().map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
+    })
+}
+
 impl Node {
     pub(super) fn new(spec: &'static NodeSpec, port: u16, token: String) -> Node {
         Node { spec, port, token }

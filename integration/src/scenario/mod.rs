@@ -21,7 +21,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::census::NodeCensus;
-use crate::lab::node::Node;
+use crate::lab::node::{self, Node};
 use crate::lab::paths::Paths;
 use crate::lab::{Lab, deploy};
 use crate::link_health::LinkHealth;
@@ -197,11 +197,13 @@ pub(crate) fn sole_user() -> Result<Flock<fs::File>> {
 struct Runner {
     lab: Lab,
     clean: BTreeMap<&'static str, NodeCensus>,
+    /// The last thing that was seen of the nodes is that they are clean.
+    seen_clean: bool,
 }
 
 impl Runner {
     fn new(lab: Lab, fresh: bool) -> Result<Runner> {
-        let mut runner = Runner { lab, clean: BTreeMap::new() };
+        let mut runner = Runner { lab, clean: BTreeMap::new(), seen_clean: false };
         if fresh {
             runner.prepare()?;
         } else {
@@ -221,32 +223,35 @@ impl Runner {
         if !missing.is_empty() {
             bail!("not built: {}; run `cargo build --release --workspace`", missing.join(", "));
         }
-        self.clean.clear();
-        for node in self.lab.nodes()? {
-            self.clean.insert(node.name(), NodeCensus::take(&node)?);
-        }
+        let nodes = self.lab.nodes()?;
+        let counted = node::each(&nodes, NodeCensus::take)?;
+        self.clean = nodes.iter().map(Node::name).zip(counted).collect();
+        self.seen_clean = true;
         Ok(())
     }
 
     /// What differs from freshly prepared nodes; empty when they are clean.
     fn dirt(&self) -> Result<Vec<String>> {
-        let mut all = Vec::new();
-        for node in self.lab.nodes()? {
+        let of = |node: &Node| {
             let name = node.name();
             let clean = self.clean.get(name).with_context(|| format!("no census of {name}"))?;
-            all.extend(clean.changes(&NodeCensus::take(&node)?).iter().map(|c| format!("{name}: {c}")));
-        }
-        Ok(all)
+            let changes = clean.changes(&NodeCensus::take(node)?);
+            Ok(changes.iter().map(|c| format!("{name}: {c}")).collect::<Vec<_>>())
+        };
+        Ok(node::each(&self.lab.nodes()?, of)?.concat())
     }
 
     fn one(&mut self, scenario: &Scenario) -> Result<Outcome> {
         let start = Instant::now();
-        let dirt = self.dirt().unwrap_or_else(|e| vec![format!("{e:#}")]);
+        let dirt = match std::mem::take(&mut self.seen_clean) {
+            true => Vec::new(),
+            false => self.dirt().unwrap_or_else(|e| vec![format!("{e:#}")]),
+        };
         if !dirt.is_empty() {
             eprintln!("      nodes are reset first: {}", dirt.join("; "));
             self.reset().with_context(|| format!("clean nodes for {:?}", scenario.name))?;
         }
-        let before: Vec<LinkHealth> = self.lab.nodes()?.iter().map(LinkHealth::take).collect::<Result<_>>()?;
+        let before = node::each(&self.lab.nodes()?, LinkHealth::take)?;
 
         let mut ctx = Context::new(&self.lab, scenario.limit)?;
         let (tx, rx) = mpsc::channel();
@@ -277,6 +282,8 @@ impl Runner {
             notes.push(format!("details in {}", report::keep_evidence(&self.lab, scenario.name)?.display()));
             // Also ends what a scenario past its limit is still waiting for.
             self.reset().context("clean up after a failed scenario")?;
+        } else {
+            self.seen_clean = true;
         }
         Ok(Outcome { name: scenario.name.to_owned(), problems, notes, seconds: start.elapsed().as_secs_f64() })
     }
@@ -289,30 +296,29 @@ impl Runner {
             Ok(nodes) => nodes,
             Err(e) => return problems.push(format!("{e:#}")),
         };
-        let links: Vec<Result<LinkHealth>> = nodes.iter().map(LinkHealth::take).collect();
-        let retried = links.iter().zip(before).any(|(after, before)| after.as_ref().is_ok_and(|a| before.retried(a)));
-        for ((node, before), after) in nodes.iter().zip(before).zip(links) {
+        let links = match node::each(&nodes, LinkHealth::take) {
+            Ok(links) => links,
+            Err(e) => return problems.push(format!("{e:#}")),
+        };
+        let retried = links.iter().zip(before).any(|(after, before)| before.retried(after));
+        for ((node, before), after) in nodes.iter().zip(before).zip(&links) {
             let name = node.name();
-            match after {
-                Ok(after) => {
-                    let bad = before.violations(&after, allowed, retried);
-                    problems.extend(bad.iter().map(|v| format!("{name}: link: {v}")));
-                    let remarks = before.remarks(&after);
-                    notes.extend(remarks.iter().map(|r| format!("{name}: {r}")));
-                }
-                Err(e) => problems.push(format!("{e:#}")),
-            }
-            if !proved {
-                continue;
-            }
-            let Some(clean) = self.clean.get(name) else {
-                problems.push(format!("{name}: no census from before"));
-                continue;
-            };
-            match clean.settle(node, SETTLE) {
-                Ok(changes) => problems.extend(changes.iter().map(|c| format!("{name}: {c}"))),
-                Err(e) => problems.push(format!("{e:#}")),
-            }
+            let bad = before.violations(after, allowed, retried);
+            problems.extend(bad.iter().map(|v| format!("{name}: link: {v}")));
+            notes.extend(before.remarks(after).iter().map(|r| format!("{name}: {r}")));
+        }
+        if !proved {
+            return;
+        }
+        let left = |node: &Node| {
+            let name = node.name();
+            let clean = self.clean.get(name).with_context(|| format!("{name}: no census from before"))?;
+            let changes = clean.settle(node, SETTLE)?;
+            Ok(changes.iter().map(|c| format!("{name}: {c}")).collect::<Vec<_>>())
+        };
+        match node::each(&nodes, left) {
+            Ok(left) => problems.extend(left.concat()),
+            Err(e) => problems.push(format!("{e:#}")),
         }
     }
 }

@@ -172,7 +172,8 @@ impl Cast {
             homes.rotate_left(tag.into());
             let mut others = homes;
             others.rotate_left(1);
-            let load = [load, &["--rate", &rate]].concat();
+            // Twelve threads that wake up every millisecond would be half of an emulated node's load.
+            let load = [load, &["--rate", &rate, "--stamp-ms", "20"]].concat();
             pairs.push(Pair::start(stage, tag, &homes, &others, &load)?);
         }
         let names = pairs.iter().flat_map(|p| [p.client.clone(), p.server.clone()]).collect();

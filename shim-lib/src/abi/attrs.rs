@@ -87,6 +87,7 @@ pub mod send_ops {
 /// `enum ibv_qp_type`.
 pub mod qp_type {
     pub const RC: u32 = 2;
+    pub const UD: u32 = 4;
 }
 
 /// `enum ibv_qp_state`.
@@ -102,9 +103,11 @@ pub mod qp_state {
 /// `enum ibv_qp_attr_mask`.
 pub mod qp_mask {
     pub const STATE: c_int = 1 << 0;
+    pub const EN_SQD_ASYNC_NOTIFY: c_int = 1 << 2;
     pub const ACCESS_FLAGS: c_int = 1 << 3;
     pub const PKEY_INDEX: c_int = 1 << 4;
     pub const PORT: c_int = 1 << 5;
+    pub const QKEY: c_int = 1 << 6;
     pub const AV: c_int = 1 << 7;
     pub const PATH_MTU: c_int = 1 << 8;
     pub const TIMEOUT: c_int = 1 << 9;

@@ -38,7 +38,7 @@ fn facts() -> BTreeMap<String, u64> {
         "struct ibv_mw_bind_info" ibv_mw_bind_info { mr = "mr", addr = "addr", length = "length", mw_access_flags = "mw_access_flags" }
         "struct ibv_qp_cap" ibv_qp_cap { max_send_wr = "max_send_wr", max_inline_data = "max_inline_data" }
         "struct ibv_ah_attr" ibv_ah_attr { grh = "grh", dlid = "dlid", is_global = "is_global", port_num = "port_num" }
-        "struct ibv_qp_attr" ibv_qp_attr { qp_state = "qp_state", path_mtu = "path_mtu", rq_psn = "rq_psn", sq_psn = "sq_psn", dest_qp_num = "dest_qp_num", qp_access_flags = "qp_access_flags", cap = "cap", ah_attr = "ah_attr", alt_ah_attr = "alt_ah_attr", pkey_index = "pkey_index", max_rd_atomic = "max_rd_atomic", min_rnr_timer = "min_rnr_timer", port_num = "port_num", timeout = "timeout", rnr_retry = "rnr_retry", rate_limit = "rate_limit" }
+        "struct ibv_qp_attr" ibv_qp_attr { qp_state = "qp_state", path_mtu = "path_mtu", rq_psn = "rq_psn", qkey = "qkey", sq_psn = "sq_psn", dest_qp_num = "dest_qp_num", qp_access_flags = "qp_access_flags", cap = "cap", ah_attr = "ah_attr", alt_ah_attr = "alt_ah_attr", pkey_index = "pkey_index", en_sqd_async_notify = "en_sqd_async_notify", max_rd_atomic = "max_rd_atomic", min_rnr_timer = "min_rnr_timer", port_num = "port_num", timeout = "timeout", rnr_retry = "rnr_retry", rate_limit = "rate_limit" }
         "struct ibv_qp_init_attr" ibv_qp_init_attr { qp_context = "qp_context", send_cq = "send_cq", recv_cq = "recv_cq", srq = "srq", cap = "cap", qp_type = "qp_type", sq_sig_all = "sq_sig_all" }
         "struct ibv_qp_init_attr_ex" ibv_qp_init_attr_ex { comp_mask = "comp_mask", pd = "pd", xrcd = "xrcd", create_flags = "create_flags", max_tso_header = "max_tso_header", rwq_ind_tbl = "rwq_ind_tbl", rx_hash_conf = "rx_hash_conf", source_qpn = "source_qpn", send_ops_flags = "send_ops_flags" }
         "struct ibv_srq_attr" ibv_srq_attr { max_wr = "max_wr", max_sge = "max_sge", srq_limit = "srq_limit" }
@@ -67,15 +67,18 @@ fn facts() -> BTreeMap<String, u64> {
         "IBV_EVENT_QP_REQ_ERR" = event::QP_REQ_ERR, "IBV_EVENT_QP_ACCESS_ERR" = event::QP_ACCESS_ERR,
         "IBV_EVENT_COMM_EST" = event::COMM_EST, "IBV_EVENT_SQ_DRAINED" = event::SQ_DRAINED,
         "IBV_EVENT_PATH_MIG" = event::PATH_MIG, "IBV_EVENT_PATH_MIG_ERR" = event::PATH_MIG_ERR,
+        "IBV_EVENT_DEVICE_FATAL" = event::DEVICE_FATAL,
         "IBV_EVENT_SRQ_ERR" = event::SRQ_ERR, "IBV_EVENT_SRQ_LIMIT_REACHED" = event::SRQ_LIMIT_REACHED,
         "IBV_EVENT_QP_LAST_WQE_REACHED" = event::QP_LAST_WQE_REACHED,
         "IBV_QP_INIT_ATTR_PD" = qp_init_mask::PD, "IBV_QP_INIT_ATTR_CREATE_FLAGS" = qp_init_mask::CREATE_FLAGS,
         "IBV_QP_INIT_ATTR_SEND_OPS_FLAGS" = qp_init_mask::SEND_OPS_FLAGS,
         "IBV_QP_EX_WITH_RDMA_WRITE" = send_ops::RDMA_WRITE, "IBV_QP_EX_WITH_SEND" = send_ops::SEND,
         "IBV_QP_EX_WITH_SEND_WITH_INV" = send_ops::SEND_WITH_INV, "IBV_QP_EX_WITH_BIND_MW" = send_ops::BIND_MW,
-        "IBV_QPT_RC" = qp_type::RC, "IBV_QPS_RESET" = qp_state::RESET, "IBV_QPS_INIT" = qp_state::INIT,
-        "IBV_QPS_RTR" = qp_state::RTR, "IBV_QPS_RTS" = qp_state::RTS, "IBV_QPS_ERR" = qp_state::ERR,
-        "IBV_QP_STATE" = qp_mask::STATE, "IBV_QP_ACCESS_FLAGS" = qp_mask::ACCESS_FLAGS,
+        "IBV_QPT_RC" = qp_type::RC, "IBV_QPT_UD" = qp_type::UD, "IBV_QPS_RESET" = qp_state::RESET, "IBV_QPS_INIT" = qp_state::INIT,
+        "IBV_QPS_RTR" = qp_state::RTR, "IBV_QPS_RTS" = qp_state::RTS, "IBV_QPS_SQD" = qp_state::SQD,
+        "IBV_QPS_ERR" = qp_state::ERR,
+        "IBV_QP_STATE" = qp_mask::STATE, "IBV_QP_EN_SQD_ASYNC_NOTIFY" = qp_mask::EN_SQD_ASYNC_NOTIFY,
+        "IBV_QP_QKEY" = qp_mask::QKEY, "IBV_QP_ACCESS_FLAGS" = qp_mask::ACCESS_FLAGS,
         "IBV_QP_PKEY_INDEX" = qp_mask::PKEY_INDEX, "IBV_QP_PORT" = qp_mask::PORT, "IBV_QP_AV" = qp_mask::AV,
         "IBV_QP_PATH_MTU" = qp_mask::PATH_MTU, "IBV_QP_TIMEOUT" = qp_mask::TIMEOUT,
         "IBV_QP_RETRY_CNT" = qp_mask::RETRY_CNT, "IBV_QP_RNR_RETRY" = qp_mask::RNR_RETRY,

@@ -212,6 +212,7 @@ pub mod event {
     pub const SQ_DRAINED: u32 = 5;
     pub const PATH_MIG: u32 = 6;
     pub const PATH_MIG_ERR: u32 = 7;
+    pub const DEVICE_FATAL: u32 = 8;
     pub const SRQ_ERR: u32 = 14;
     pub const SRQ_LIMIT_REACHED: u32 = 15;
     pub const QP_LAST_WQE_REACHED: u32 = 16;

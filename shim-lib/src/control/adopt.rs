@@ -11,6 +11,7 @@ use rdma_virt::msg::KeyTable;
 use rdma_virt::saved::{AdoptedContext, AdoptedProcess, QpPhase};
 
 use super::session::{Migration, Refused};
+use super::unread;
 use crate::context::ShadowContext;
 use crate::mr::ShadowMr;
 use crate::registry;
@@ -20,7 +21,7 @@ pub fn adopt(migration: &mut Migration, state: &AdoptedProcess) -> Result<KeyTab
     if let Some(keys) = &migration.adopted {
         return Ok(keys.clone());
     }
-    let Some(frozen) = &migration.frozen else {
+    let Some(frozen) = &mut migration.frozen else {
         return Err(Refused::new("the process has not been frozen, so it cannot have moved"));
     };
     let contexts: Vec<Arc<ShadowContext>> = registry::contexts().into_iter().filter(|c| !c.is_dead()).collect();
@@ -51,10 +52,16 @@ pub fn adopt(migration: &mut Migration, state: &AdoptedProcess) -> Result<KeyTab
     for (ctx, _) in &pairs {
         arm(ctx, &frozen.unread)?;
     }
+    if !frozen.made_anew {
+        frozen.made_anew = true;
+        contexts.iter().flat_map(|c| c.qps()).filter(|q| !q.is_dead()).for_each(|q| q.made_anew());
+    }
     // Only now: who waits for an event shall see it.
     for (ctx, adopted) in &pairs {
         break_off(ctx, adopted)?;
     }
+    // Last: what was read counts for the new kernel objects, so they must not be pointed at once more.
+    unread::arrive(&contexts, 0);
     let keys =
         KeyTable(contexts.iter().flat_map(|c| c.mrs()).filter(|m| !m.is_dead()).filter_map(|m| key(&m)).collect());
     migration.adopted = Some(keys.clone());

@@ -4,9 +4,7 @@
 //! What ends it is the epoch file: its content changes when the agent wants to be connected to, on the source after a
 //! rollback, on the destination after the restore. Watching it must hold no fd either (a dump would write it down), so
 //! it is looked at by `stat`, and read only when something about it is new.
-#![expect(unsafe_code, reason = "asks a channel's fd whether an event is waiting")]
 
-use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
@@ -14,8 +12,9 @@ use rdma_virt::id::ObjId;
 use rdma_virt::msg::Reply;
 
 use super::session::{Migration, Refused};
-use super::{drain, note, report};
+use super::{drain, note, report, unread};
 use crate::context::View;
+use crate::readable::is_readable;
 use crate::{readers, registry};
 
 const EPOCH: &str = "/run/.migrrdma/epoch";
@@ -36,6 +35,8 @@ pub struct Frozen {
     pub views: Vec<(ObjId, View)>,
     /// Channels with an event that the application has not read: it stays behind with the old kernel object.
     pub unread: Vec<ObjId>,
+    /// Every QP knows that it has a new kernel object.
+    pub made_anew: bool,
 }
 
 /// The epoch file at one moment.
@@ -72,12 +73,6 @@ impl Epoch {
     }
 }
 
-fn is_readable(fd: RawFd) -> bool {
-    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one pollfd of ours; asks without waiting.
-    unsafe { libc::poll(&mut poll, 1, 0) > 0 && poll.revents & libc::POLLIN != 0 }
-}
-
 /// See [`rdma_virt::msg::Request::Freeze`].
 pub fn freeze(migration: &mut Migration) -> Result<Reply, Refused> {
     if !migration.moving {
@@ -90,6 +85,10 @@ pub fn freeze(migration: &mut Migration) -> Result<Reply, Refused> {
         let mut views = Vec::new();
         for ctx in registry::contexts().iter().filter(|c| !c.is_dead()) {
             views.push((ctx.id, report::view(ctx)?));
+            for srq in ctx.srqs().iter().filter(|s| !s.is_dead()) {
+                srq.refresh_limit()
+                    .map_err(|e| Refused::new(format!("the limit of SRQ {} cannot be asked for: {e}", srq.id.0)))?;
+            }
         }
         for ctx in registry::contexts().iter().filter(|c| !c.is_dead()) {
             let cqs = ctx.cqs();
@@ -99,10 +98,10 @@ pub fn freeze(migration: &mut Migration) -> Result<Reply, Refused> {
             ctx.srqs().iter().filter(|s| !s.is_dead()).for_each(|s| s.close());
         }
         // Nothing completes any more, so nobody takes an event after this.
-        readers::close(Instant::now() + READERS);
+        readers::close(Instant::now() + READERS, unread::keep_all);
         let channels = registry::contexts().into_iter().filter(|c| !c.is_dead()).flat_map(|c| c.channels());
         let unread = channels.filter(|c| !c.is_dead() && is_readable(c.fd())).map(|c| c.id).collect();
-        migration.frozen = Some(Frozen { views, unread });
+        migration.frozen = Some(Frozen { views, unread, made_anew: false });
     }
     Ok(Reply::State(Box::new(report::process()?)))
 }

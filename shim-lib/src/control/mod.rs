@@ -15,6 +15,7 @@
 //! | [`peer`] | second QPs: make, connect, switch |
 //! | [`suspend`], [`drain`] | wait-before-stop |
 //! | [`freeze`], [`adopt`], [`rebuild`] | of the moving process |
+//! | [`unread`] | asynchronous events around all that |
 //! | [`resume`] | the end, good or bad |
 #![expect(unsafe_code, reason = "signal masks and what a fork leaves behind")]
 
@@ -28,6 +29,7 @@ mod resume;
 mod rpc;
 mod session;
 mod suspend;
+mod unread;
 mod wire;
 
 use std::sync::atomic::{AtomicU32, Ordering};

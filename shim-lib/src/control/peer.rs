@@ -7,6 +7,8 @@ use rdma_virt::msg::{Connect, KeyTable, Reply, SwitchLink};
 use rdma_virt::saved::Remote;
 
 use super::session::{Migration, Refused, alone};
+use super::unread;
+use crate::context::ShadowContext;
 use crate::qp::ShadowQp;
 use crate::qp::second::Swapped;
 use crate::registry;
@@ -73,6 +75,17 @@ pub fn unprepare(migration: &mut Migration) -> Result<Reply, Refused> {
     Ok(Reply::Done)
 }
 
+/// The devices these are on, each once.
+fn contexts_of(qps: &[Arc<ShadowQp>]) -> Vec<Arc<ShadowContext>> {
+    let mut found: Vec<Arc<ShadowContext>> = Vec::new();
+    for qp in qps.iter().filter(|q| !q.is_dead()) {
+        if !found.iter().any(|f| Arc::ptr_eq(f, qp.ctx())) {
+            found.push(qp.ctx().clone());
+        }
+    }
+    found
+}
+
 /// Changes over to the second QPs: the peer's way past the commit. For a QP of the moving process itself (its remote
 /// end moved with it and was connected by the destination) only the remote keys are new.
 pub fn switch(migration: &mut Migration, links: &[SwitchLink], tables: &[KeyTable]) -> Result<Reply, Refused> {
@@ -80,6 +93,9 @@ pub fn switch(migration: &mut Migration, links: &[SwitchLink], tables: &[KeyTabl
         return Err(Refused::new("the QPs have not been drained"));
     }
     let _alone = alone()?;
+    let leaving = contexts_of(&migration.seconds);
+    // An event that nobody has read goes with its QP.
+    leaving.iter().for_each(|ctx| unread::keep(ctx));
     let tables: Vec<_> = tables.iter().map(|t| Arc::new(RemoteKeys::new(&t.0))).collect();
     // All or nothing is not possible any more; whatever fails concerns one QP and is said at the end.
     let mut failed = Vec::new();
@@ -120,6 +136,7 @@ pub fn switch(migration: &mut Migration, links: &[SwitchLink], tables: &[KeyTabl
             Err(e) => failed.push(format!("qp {}: {e}", link.vqpn.0)),
         }
     }
+    unread::announce(&leaving);
     if failed.is_empty() {
         Ok(Reply::Done)
     } else {

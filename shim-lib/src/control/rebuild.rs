@@ -17,6 +17,7 @@ use rdma_virt::saved::{QpPhase, QueueMap, RebuildContext, RebuildLink, RebuildPr
 use super::adopt;
 use super::freeze::Frozen;
 use super::session::{Migration, Refused};
+use super::unread;
 use crate::context::ShadowContext;
 use crate::errno::Errno;
 use crate::qp::ShadowQp;
@@ -88,9 +89,11 @@ pub fn rebuild(migration: &mut Migration, asked: &RebuildProcess) -> Result<Repl
             done.armed.insert(ctx.id);
         }
     }
+    let mut drained = 0;
     for link in &asked.links {
-        join(done, &contexts, link)?;
+        drained += usize::from(join(done, &contexts, link)? == Some(QpPhase::Sqd));
     }
+    unread::arrive(&contexts, drained);
 
     let mrs = contexts.iter().flat_map(|c| c.mrs()).filter(|m| !m.is_dead());
     let keys = KeyTable(mrs.filter_map(|m| adopt::key(&m)).collect());
@@ -157,22 +160,23 @@ fn leave<const N: usize>(maps: [Option<QueueMap>; N]) {
     }
 }
 
-fn join(done: &mut Rebuilt, contexts: &[Arc<ShadowContext>], link: &RebuildLink) -> Done {
+/// The state a QP was taken to, if it was not there before.
+fn join(done: &mut Rebuilt, contexts: &[Arc<ShadowContext>], link: &RebuildLink) -> Result<Option<QpPhase>, Refused> {
     if let Some(known) = done.joined.get(&link.qp) {
         return if known == link {
-            Ok(())
+            Ok(None)
         } else {
             Err(Refused::new(format!("qp {} is connected to qp {} already", link.qp.0, known.remote.pqpn.0)))
         };
     }
     let qps = contexts.iter().find(|c| c.id == link.context).map(|c| c.qps()).unwrap_or_default();
     // One that is gone has nobody to be connected for.
-    let Some(qp) = qps.iter().find(|q| q.id == link.qp && !q.is_dead()) else { return Ok(()) };
+    let Some(qp) = qps.iter().find(|q| q.id == link.qp && !q.is_dead()) else { return Ok(None) };
     let reached = done.reached.entry(link.qp).or_insert(QpPhase::Init);
     qp.join(link.remote, link.sq_psn, link.rq_psn, reached).map_err(|e| {
         let (to, gid) = (link.remote.pqpn.0, link.remote.pgid);
         Refused::new(format!("the new qp {} cannot be connected to qp {to} on {gid}: {e}", qp.vqpn().0))
     })?;
     done.joined.insert(link.qp, *link);
-    Ok(())
+    Ok(Some(*reached))
 }

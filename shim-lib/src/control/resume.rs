@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::session::{Migration, Refused, alone};
+use super::unread;
 use crate::qp::ShadowQp;
 use crate::{gate, readers, registry};
 
@@ -24,11 +25,7 @@ pub fn flush(qps: Vec<Arc<ShadowQp>>) -> Vec<Arc<ShadowQp>> {
 /// the answer, because it takes as long as the NIC takes for what was held.
 pub fn resume(migration: &mut Migration) -> Result<Vec<Arc<ShadowQp>>, Refused> {
     let _alone = alone()?;
-    drop_seconds(migration);
-    if migration.moving {
-        gate::thaw();
-        readers::open();
-    }
+    end_stop(migration);
     Ok(std::mem::take(&mut migration.qps))
 }
 
@@ -59,17 +56,26 @@ pub fn abort(migration: &mut Migration) -> Result<Undone, Refused> {
             failed.push(format!("receives of qp {}: {e}", qp.vqpn().0));
         }
     }
-    drop_seconds(migration);
-    if migration.moving {
-        gate::thaw();
-        readers::open();
-    }
+    unread::announce_all();
+    end_stop(migration);
     let result = if failed.is_empty() {
         Ok(())
     } else {
         Err(Refused::new(format!("not everything could be posted again: {}", failed.join("; "))))
     };
     Ok(Undone { qps: std::mem::take(&mut migration.qps), result })
+}
+
+/// Second QPs that were not used go, and everybody goes on. In this order: the end of a QP waits for whoever has read an
+/// event about it.
+fn end_stop(migration: &mut Migration) {
+    if migration.moving {
+        readers::open();
+    }
+    drop_seconds(migration);
+    if migration.moving {
+        gate::thaw();
+    }
 }
 
 /// Second QPs that were not used.

@@ -13,7 +13,7 @@ use super::drain::Drained;
 use super::freeze::{Epoch, Frozen};
 use super::rebuild::{self, Rebuilt};
 use super::wire::{Conn, WireError};
-use super::{adopt, drain, freeze, note, peer, report, resume, suspend};
+use super::{adopt, drain, freeze, note, peer, report, resume, suspend, unread};
 use crate::gate;
 use crate::qp::ShadowQp;
 
@@ -148,6 +148,7 @@ impl Session {
         }
         if self.current.is_none() {
             self.markers.revoke_expired(Instant::now());
+            unread::announce_all();
         }
         if self.flushing.is_empty() { Duration::from_secs(1) } else { Duration::from_millis(1) }
     }

@@ -14,6 +14,7 @@ use rdma_virt::saved::QpCap;
 use rdma_virt::sendq::{Polled, SendQ};
 
 use super::modify::Remembered;
+use super::notices::Notices;
 use super::send::{Core, Scratch};
 use super::{Links, MAGIC, RealQp, ShadowQp, builder};
 use crate::abi::{ibv_ece, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_ex, ibv_qp_init_attr, qp_mask, qp_type};
@@ -24,7 +25,7 @@ use crate::lock::Spin;
 use crate::pd::{self, ShadowPd};
 use crate::registry::{self, Shadow};
 use crate::srq::{self, ShadowSrq};
-use crate::{blockers, control, gate, provider};
+use crate::{blockers, control, gate, kept, provider};
 
 pub(crate) fn cap(c: &ibv_qp_cap) -> QpCap {
     QpCap {
@@ -172,6 +173,7 @@ fn adopt(
         remembered: Mutex::new(Remembered::default()),
         builder: Spin::new(builder::Builder::default()),
         events: Deliveries::new(),
+        notices: Notices::default(),
         dead: AtomicBool::new(false),
         ctx,
         pd,
@@ -269,6 +271,7 @@ entry! {
     "IBVERBS_1.1" fn ibv_destroy_qp(qp: *mut ibv_qp) -> c_int, fail errno, |real| {
         let Some(shadow) = registry::find::<ShadowQp>(qp) else {
             blockers::forget(qp as usize);
+            kept::forget_foreign(qp as usize);
             // SAFETY: not ours, the caller's promise.
             return unsafe { real(qp) };
         };
@@ -287,6 +290,7 @@ entry! {
             // A poll that found this QP before it left the table is over when its CQ's lock was had once.
             drop(shadow.send_cq.hold());
             drop(shadow.recv_cq.hold());
+            shadow.ctx.forget_kept(shadow.visible() as usize);
             control::qp_gone(shadow.vqpn());
         }
         let visible = shadow.visible();

@@ -8,12 +8,14 @@
 //! | [`modify`] | state changes, remembered so that an equal QP can be made |
 //! | [`second`] | the QP beside the first one, and changing over to it |
 //! | [`rebuild`] | a QP in the place of one that stayed behind on another host |
+//! | [`notices`] | which of its kernel object's events are the application's |
 //! | [`builder`] | `ibv_wr_*` |
 #![expect(unsafe_code, reason = "C objects by pointer")]
 
 pub mod builder;
 pub mod life;
 pub mod modify;
+pub mod notices;
 pub mod rebuild;
 pub mod recv;
 pub mod second;
@@ -72,6 +74,7 @@ pub struct ShadowQp {
     remembered: Mutex<Remembered>,
     builder: Spin<builder::Builder>,
     pub(crate) events: Deliveries,
+    notices: notices::Notices,
     dead: AtomicBool,
 }
 
@@ -177,6 +180,11 @@ impl ShadowQp {
     pub(crate) fn owns(&self, real: *mut ibv_qp) -> bool {
         let links = self.links();
         links.now.qp == real || links.second.is_some_and(|s| s.is(real)) || links.old.iter().any(|o| o.qp == real)
+    }
+
+    /// Whether this real QP is one that is not used for traffic yet: what it reports is nobody's.
+    pub(crate) fn is_beside(&self, real: *mut ibv_qp) -> bool {
+        self.links().second.is_some_and(|s| s.is(real))
     }
 
     pub fn is_dead(&self) -> bool {

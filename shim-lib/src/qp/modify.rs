@@ -196,8 +196,19 @@ impl ShadowQp {
                 Err(e) => return Errno::answer(Err(e)),
             }
         }
+        let before = (mask & qp_mask::STATE != 0).then(|| {
+            if self.notices.in_the_way(wish.qp_state) {
+                self.ctx().keep_unread(|_| true);
+                self.ctx().announce_kept();
+            }
+            let on_request = mask & qp_mask::EN_SQD_ASYNC_NOTIFY != 0 && wish.en_sqd_async_notify != 0;
+            self.notices.asked(wish.qp_state, on_request || self.ctx().driver() == "rxe")
+        });
         let answer = real(&raw mut ask);
         if answer != 0 {
+            if let Some(before) = before {
+                self.notices.refused(before);
+            }
             return answer;
         }
         let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);

@@ -23,6 +23,7 @@ impl ShadowQp {
             let _ = unsafe { verbs::destroy_qp(made.qp) };
             return Err(e);
         }
+        self.made_anew();
         let (before, this) = (self.pqpn(), std::ptr::from_ref(self));
         let old = {
             let mut links = self.links();

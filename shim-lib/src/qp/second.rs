@@ -203,6 +203,11 @@ impl ShadowQp {
             let mut links = self.links();
             links.second = Some(second);
             followed?;
+        }
+        // Before its reports are taken for those of the first one.
+        self.made_anew();
+        {
+            let mut links = self.links();
             links.second = None;
             let old = std::mem::replace(&mut links.now, second.real);
             links.old.push(old);
@@ -221,22 +226,25 @@ impl ShadowQp {
 
     /// Gives the second QP up.
     pub fn drop_second(&self) {
-        let second = self.links().second.take();
+        let second = self.links().second;
         if let Some(second) = second {
             self.end(second.real);
+            self.links().second = None;
         }
     }
 
-    /// Destroys QPs left behind by change-overs. Their completions have been taken before.
+    /// Destroys QPs left behind by change-overs. Their completions and events have been taken before.
     pub fn destroy_old(&self) {
-        let old = std::mem::take(&mut self.links().old);
+        let old = self.links().old.clone();
         for one in old {
             self.end(one);
         }
+        self.links().old.clear();
     }
 
+    /// It is one of the links until it is gone: whoever has just read an event about it finds whose it is.
     fn end(&self, one: RealQp) {
-        // SAFETY: taken out of the links, so nobody else knows it any more.
+        // SAFETY: nobody but the caller ends it; its end waits for an event that was read.
         unsafe {
             let pqpn = (*one.qp).qp_num;
             // Directly, never through ERR: that would flush completions into the application's CQ.

@@ -6,6 +6,7 @@ use rdma_sys as ib;
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 /// An open device.
 #[derive(Debug)]
@@ -64,6 +65,17 @@ pub struct AsyncEvent {
 }
 
 impl AsyncEvent {
+    /// A send queue is drained.
+    pub const SQ_DRAINED: i32 = 5;
+    /// A shared receive queue has few RECVs left.
+    pub const SRQ_LIMIT_REACHED: i32 = 15;
+
+    /// Whether it is about a QP, CQ or SRQ; others are about the port or the device.
+    #[must_use]
+    pub fn about_an_object(&self) -> bool {
+        matches!(self.kind, 0..=7 | 14..=16)
+    }
+
     /// Name and whether it means that a QP, CQ or SRQ of ours is broken.
     #[must_use]
     pub fn meaning(&self) -> (&'static str, bool) {
@@ -260,16 +272,48 @@ impl Context {
     /// Takes one pending asynchronous event, if there is one, and acknowledges it.
     #[must_use]
     pub fn async_event(&self) -> Option<AsyncEvent> {
+        self.next_async_event().ok()
+    }
+
+    /// Takes one asynchronous event and acknowledges it; waits for one or says `WouldBlock` as the descriptor is set.
+    ///
+    /// # Errors
+    /// As `read` on the descriptor.
+    pub fn next_async_event(&self) -> io::Result<AsyncEvent> {
         let mut e = RawAsyncEvent { element: 0, kind: -1 };
         // SAFETY: same size and layout as the library's structure (asserted above).
         let rc = unsafe { ib::ibv_get_async_event(self.ptr, (&raw mut e).cast()) };
         if rc != 0 {
-            return None;
+            return Err(io::Error::last_os_error());
         }
         let seen = AsyncEvent { kind: e.kind, element: e.element };
         // SAFETY: the event was filled by the call above and not acknowledged yet.
         unsafe { ib::ibv_ack_async_event((&raw mut e).cast()) };
-        Some(seen)
+        Ok(seen)
+    }
+
+    /// Makes the asynchronous event descriptor one that is waited on, as it is when a device is opened.
+    ///
+    /// # Errors
+    /// As `fcntl` on the descriptor.
+    pub fn block_on_events(&self) -> io::Result<()> {
+        // SAFETY: plain descriptor flags of a descriptor the library owns.
+        let rc = unsafe {
+            let fd = (*self.ptr).async_fd;
+            libc::fcntl(fd, libc::F_SETFL, libc::fcntl(fd, libc::F_GETFL) & !libc::O_NONBLOCK)
+        };
+        if rc < 0 { Err(last("fcntl")) } else { Ok(()) }
+    }
+
+    /// Whether the asynchronous event descriptor says within `patience` that there is an event.
+    #[must_use]
+    pub fn has_async_event(&self, patience: Duration) -> bool {
+        // SAFETY: the context is open.
+        let fd = unsafe { (*self.ptr).async_fd };
+        let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+        // SAFETY: one pollfd of ours.
+        unsafe { libc::poll(&raw mut poll, 1, ms) > 0 && poll.revents & libc::POLLIN != 0 }
     }
 
     /// Closes the device.

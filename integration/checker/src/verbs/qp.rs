@@ -249,6 +249,36 @@ impl Qp {
         self.modify("ibv_modify_qp to a resting state", &mut a, ib::ibv_qp_attr_mask::IBV_QP_STATE)
     }
 
+    /// From RTS to SQD, asking for the event that says that the send queue is drained.
+    ///
+    /// # Errors
+    /// As the library says.
+    pub fn drain(&self) -> io::Result<()> {
+        use ib::ibv_qp_attr_mask as m;
+        // SAFETY: plain C data.
+        let mut a: ib::ibv_qp_attr = unsafe { std::mem::zeroed() };
+        a.qp_state = ib::ibv_qp_state::IBV_QPS_SQD;
+        a.en_sqd_async_notify = 1;
+        self.modify("ibv_modify_qp to SQD", &mut a, m::IBV_QP_STATE | m::IBV_QP_EN_SQD_ASYNC_NOTIFY)
+    }
+
+    /// From SQD back to RTS.
+    ///
+    /// # Errors
+    /// As the library says; also while the send queue is not drained.
+    pub fn go_on(&self) -> io::Result<()> {
+        // SAFETY: plain C data.
+        let mut a: ib::ibv_qp_attr = unsafe { std::mem::zeroed() };
+        a.qp_state = ib::ibv_qp_state::IBV_QPS_RTS;
+        self.modify("ibv_modify_qp back to RTS", &mut a, ib::ibv_qp_attr_mask::IBV_QP_STATE)
+    }
+
+    /// What events about it carry.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.ptr as u64
+    }
+
     /// The QP number, read from the public field.
     #[must_use]
     pub fn qpn(&self) -> u32 {

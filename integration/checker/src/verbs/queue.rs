@@ -239,6 +239,23 @@ unsafe impl Send for Srq {}
 unsafe impl Sync for Srq {}
 
 impl Srq {
+    /// Asks for one event when fewer than `limit` RECVs are left.
+    ///
+    /// # Errors
+    /// As the library says.
+    pub fn set_limit(&self, limit: u32) -> io::Result<()> {
+        let mut attr = ib::ibv_srq_attr { max_wr: 0, max_sge: 0, srq_limit: limit };
+        let mask = ib::ibv_srq_attr_mask::IBV_SRQ_LIMIT.0.cast_signed();
+        // SAFETY: the queue is alive, the attribute of the library's type.
+        check("ibv_modify_srq", unsafe { ib::ibv_modify_srq(self.ptr, &raw mut attr, mask) })
+    }
+
+    /// What events about it carry.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.ptr as u64
+    }
+
     /// Makes a queue for `depth` RECVs of one SGE each.
     ///
     /// # Errors

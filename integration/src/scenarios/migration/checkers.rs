@@ -66,6 +66,12 @@ pub const CLAIMS: &[Scenario] = &[
     claim!("unused QPs in every state keep their state and their numbers over a move", false, |c| {
         client_moves(c, &["dst", "src"], &["--qps", "2", "--idle-qps"])
     }),
+    claim!("asynchronous events that were not read before a move are read after it, once", true, |c| {
+        client_moves(c, &["dst", "src"], &["--qps", "2", "--async-events", "--idle-qps"])
+    }),
+    claim!("asynchronous events that a server's process had not read are read after it has moved, once", true, |c| {
+        server_moves(c, &["--qps", "2", "--async-events", "--srq"])
+    }),
     claim!("a send queue full of unsignalled requests is drained for a move", false, |c| {
         client_moves(c, &["dst"], &["--qps", "2", "--depth", "64", "--signal-every", "64", "--batch", "16"])
     }),

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::stage::{Pair, Stage};
+use super::settled::settled;
+use super::stage::{CHECKER, Pair, Stage};
 use crate::lab::bundle::BUNDLES;
+use crate::lab::deploy::AGENT;
 use crate::lab::node::{Node, Output};
 use crate::lab::wire::Exec;
 use crate::scenario::{Context, Scenario};
@@ -42,6 +44,14 @@ pub const CLAIMS: &[Scenario] = &[
     ),
     claim!("by files: registered memory in files goes to disk and comes back", true, memory_in_files),
     claim!("by files: a checkpoint that fails is undone and the container goes on", true, checkpoint_fails),
+    claim!("by files: a peer that ends while it is parked costs only its own connections", true, peer_ends),
+    Scenario {
+        name: "by files: an agent restarted between a restore's commit and its end finishes it",
+        long: true,
+        limit: Duration::from_secs(1200),
+        run: restarted_restore,
+    },
+    claim!("by files: a series of pre-dumps survives a restart of the agent", true, restarted_series),
 ];
 
 /// Where images lie on every node.
@@ -277,11 +287,139 @@ fn checkpoint_fails(ctx: &mut Context) -> Result<()> {
     stage.flow(&pair.server, 200)?;
     succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &[]))?;
     // A restore that fails leaves the image and the peer as they were.
-    let program = format!("{bundle}/rootfs{}", super::stage::CHECKER);
+    let program = format!("{bundle}/rootfs{}", CHECKER);
     stage.ctx.src.check(&["mv", &program, &format!("{program}.away")])?;
     let result = refused(&stage.ctx.src, &restore(&pair.client, &image, &bundle, &[]), &["rdma-checker"]);
     stage.ctx.src.check(&["mv", &format!("{program}.away"), &program])?;
     result?;
     succeeds(&stage.ctx.src, &restore(&pair.client, &image, &bundle, &[]))?;
+    judge(stage, &pair)
+}
+
+/// Marks the process that ends, so that no other is killed in its place.
+const VICTIM: &str = "server --progress 3";
+
+/// The container has a second process, whose peer ends while it is parked: as a whole container, or as a process of one
+/// that goes on.
+fn peer_ends(ctx: &mut Context) -> Result<()> {
+    for counter in ["retry_exceeded_err", "out_of_seq_request", "rcvd_seq_err"] {
+        ctx.allow_counter(counter);
+    }
+    let (mut stage, pair, bundle) = begin(ctx, &["--qps", "2"])?;
+    let (image, served) = (final_image(), format!("{CHECKER} {VICTIM}"));
+    let stays = format!("{served}; sleep 1000");
+    let (mut at, mut to) = ("src", "dst");
+    for (n, command) in (0u8..).zip([served.as_str(), &stays]) {
+        let victim = format!("ck-victim{n}");
+        stage.run(&victim, 160 + n, &["peer"], &["sh", "-c", command])?;
+        stage.wait_log(&victim, "listening", |t| t.contains("listening"))?;
+        // It sees this node's GIDs, the first of which leads nowhere on one of them.
+        let gid = stage.node_of(&pair.client)?.spec.gid_index;
+        let second = format!(
+            "exec {CHECKER} client --connect 10.20.0.{} --gid-index {gid} --duration 0 --qps 2 --timeout 17 \
+             >/dev/null 2>&1",
+            160 + n
+        );
+        stage.node_of(&pair.client)?.check(&["migrrdma", "exec", "--detach", &pair.client, "sh", "-c", &second])?;
+        stage.flow(&victim, 100)?;
+        succeeds(stage.ctx.node(at)?, &checkpoint(&pair.client, &image, &[]))?;
+        let kill = match command == stays {
+            // The shell that started it has another beginning.
+            true => format!("pkill -KILL -f '^{CHECKER} {VICTIM}'"),
+            false => format!("migrrdma kill {victim} KILL"),
+        };
+        stage.ctx.peer.sh(&kill)?;
+        carry(stage.ctx.node(at)?, stage.ctx.node(to)?)?;
+        let out = command_on(&stage, to, &restore(&pair.client, &image, &bundle, &[]))?;
+        ensure!(out.success(), "without {victim} the container was not restored: {}", out.errors());
+        let said = out.errors();
+        ensure!(said.contains(&victim) && said.contains("dead remote"), "nothing was said of {victim}: {said}");
+        stage.moved(&pair.client, to)?;
+        stage.flow(&pair.client, 300).with_context(|| format!("without {victim}"))?;
+        stage.flow(&pair.server, 300).with_context(|| format!("its peer, without {victim}"))?;
+        // The process that lost its peer sees what it sees when a host dies, and ends.
+        let left = "for i in $(seq 100); do \
+                    [ $(ps -C rdma-checker -o stat= | grep -vc Z) = 1 ] && exit 0; sleep 0.3; done; exit 1";
+        let lost = "the process that lost its peer does not end";
+        stage.node_of(&pair.client)?.sh(left).with_context(|| format!("without {victim}: {lost}"))?;
+        clean(&stage)?;
+        (at, to) = (to, at);
+    }
+    judge(stage, &pair)
+}
+
+fn command_on(stage: &Stage, node: &str, argv: &[&str]) -> Result<Output> {
+    command(stage.ctx.node(node)?, argv)
+}
+
+/// Kills the agent as soon as a record decides, says "hit" if that one was not finished before, and starts the next agent.
+fn killer() -> String {
+    let decided = "grep -qs '\"state\": \"committed\"' /var/lib/migrrdma/migrations/*.json";
+    format!(
+        "pid=$(systemctl show -p MainPID --value {AGENT}); end=$(($(date +%s) + 150)); \
+         until {decided}; do [ $(date +%s) -lt $end ] || exit 1; done; \
+         kill -KILL $pid; if {decided}; then echo hit; fi; sleep 0.3; systemctl restart {AGENT}"
+    )
+}
+
+fn restarted_restore(ctx: &mut Context) -> Result<()> {
+    let (mut stage, pair, bundle) = begin(ctx, &["--qps", "4"])?;
+    let image = final_image();
+    let (mut at, mut to, mut hits) = ("src", "dst", 0);
+    // The kill may come after the end: a restore has little left to do by then.
+    for round in 0..6 {
+        succeeds(stage.ctx.node(at)?, &checkpoint(&pair.client, &image, &[]))?;
+        carry(stage.ctx.node(at)?, stage.ctx.node(to)?)?;
+        let killer = stage.ctx.node(to)?.spawn(&["sh", "-c", &killer()])?;
+        succeeds(stage.ctx.node(to)?, &restore(&pair.client, &image, &bundle, &[]))?;
+        let killed = killer.wait(Duration::from_secs(170))?;
+        ensure!(killed.success(), "no agent was killed: {}{}", killed.text(), killed.errors());
+        let hit = killed.text().contains("hit");
+        let place = settled(&stage, &pair.client)?;
+        ensure!(place == to, "it was restored on {to}, and runs on {place}");
+        stage.moved(&pair.client, to)?;
+        stage.flow(&pair.client, 300).with_context(|| format!("round {round}, hit: {hit}"))?;
+        stage.flow(&pair.server, 300).with_context(|| format!("its peer in round {round}, hit: {hit}"))?;
+        hits += u32::from(hit);
+        clean(&stage)?;
+        (at, to) = (to, at);
+        if hits == 2 {
+            break;
+        }
+    }
+    ensure!(hits > 0, "the agent was never killed between the commit and the end");
+    stage.ctx.note(format!("killed between the commit and the end {hits} times"));
+    // What came back is a container like any other.
+    stage.migrate(&pair.client, to)?;
+    judge(stage, &pair)
+}
+
+fn restarted_series(ctx: &mut Context) -> Result<()> {
+    let (mut stage, pair, bundle) = begin(ctx, &["--qps", "4"])?;
+    let (early, image) = (format!("{IMAGES}/early"), final_image());
+    let before = qps(&stage.ctx.peer)?;
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &early, &["--pre-dump"]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &early, &bundle, &["--partial"]))?;
+    let again = format!("systemctl kill --kill-whom=main --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}");
+    stage.ctx.src.sh(&again)?;
+    // Peers and partial restores that hear nothing ask after 20 s, and look every five.
+    std::thread::sleep(Duration::from_secs(60));
+    let shows = |node: &Node, what: &str| -> Result<()> {
+        let status = node.check(&["migrrdma", "status"])?;
+        ensure!(status.contains(what), "the status of {} lacks {what:?}: {status}", node.name());
+        Ok(())
+    };
+    shows(&stage.ctx.src, "pre-dumped")?;
+    shows(&stage.ctx.dst, "partial restore")?;
+    ensure!(qps(&stage.ctx.peer)? >= before + 4, "the peer has dropped its second QPs");
+    stage.flow(&pair.client, 200)?;
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &["--parent-path", "../early"]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    let out = command(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]))?;
+    ensure!(out.success(), "the checkpoint was not restored: {}", out.errors());
+    let said = out.errors();
+    ensure!(said.contains("partial restore made before is used"), "it belongs to another series: {said}");
+    stage.moved(&pair.client, "dst")?;
     judge(stage, &pair)
 }

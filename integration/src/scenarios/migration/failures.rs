@@ -27,7 +27,15 @@ pub const CLAIMS: &[Scenario] = &[
         "a destination agent killed during the transfer: the source goes on and a later move succeeds",
         agent_killed
     ),
-    claim!("a restore that fails on the destination: the source goes on and a later move succeeds", restore_fails),
+    claim!("a restore that fails on the destination: the source goes on and a later move succeeds", |c| {
+        restore_fails(c, &["--qps", "4"])
+    }),
+    Scenario {
+        name: "asynchronous events that were not read are read after a move that was undone and one that was not, once",
+        long: true,
+        limit: LIMIT,
+        run: |c| restore_fails(c, &["--qps", "2", "--async-events", "--idle-qps"]),
+    },
     claim!("a peer whose agent cannot be reached: the move is refused and names it", peer_unreachable),
     claim!("a receiver that posts no RECV: wait-before-stop gives up in time and the source goes on", never_drains),
     claim!("Ctrl-C during a move: the source goes on and a later move succeeds", interrupted),
@@ -56,8 +64,8 @@ fn agent_killed(ctx: &mut Context) -> Result<()> {
     later(stage, &pair)
 }
 
-fn restore_fails(ctx: &mut Context) -> Result<()> {
-    let (stage, pair) = pair(ctx, &["--qps", "4"])?;
+fn restore_fails(ctx: &mut Context, load: &[&str]) -> Result<()> {
+    let (stage, pair) = pair(ctx, load)?;
     let program = format!("{BUNDLES}/{}/rootfs{}", pair.client, super::stage::CHECKER);
     let running = stage.begin_migration(&pair.client, "dst", &[])?;
     running.wait_for(&enter("suspend"), Duration::from_secs(120))?;

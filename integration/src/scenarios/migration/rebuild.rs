@@ -46,6 +46,9 @@ pub const CLAIMS: &[Scenario] = &[
         &["--qps", "2", "--idle-qps"],
         by_rebuild
     )),
+    claim!("asynchronous events that were not read before objects are made again are read after it, once", true, |c| {
+        client_moves(c, &["dst", "src"], &["--qps", "2", "--async-events", "--idle-qps"], by_rebuild)
+    }),
     claim!("one move hands objects over, the next makes them again, and the other way round", true, mixed),
 ];
 

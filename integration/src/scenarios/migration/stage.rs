@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::lab::bundle::{self, BUNDLES, Bundle};
-use crate::lab::node::{Node, Output, Running};
+use crate::lab::node::{self, Node, Output, Running};
 use crate::lab::wire::Exec;
 use crate::scenario::Context;
 
@@ -75,18 +75,18 @@ impl<'a> Stage<'a> {
         } else {
             vec![]
         };
-        for home in homes {
-            Bundle {
-                name: name.to_owned(),
-                ip: Some(format!("10.20.0.{host}/24")),
-                copies: copies.clone(),
-                annotations: self.annotations.clone(),
-                command: command.iter().map(ToString::to_string).collect(),
-                ..Bundle::default()
-            }
-            .make(self.ctx.node(home)?)
-            .with_context(|| format!("bundle of {name} on {home}"))?;
-        }
+        let bundle = Bundle {
+            name: name.to_owned(),
+            ip: Some(format!("10.20.0.{host}/24")),
+            copies,
+            annotations: self.annotations.clone(),
+            command: command.iter().map(ToString::to_string).collect(),
+            ..Bundle::default()
+        };
+        let make = |home: &&str| {
+            bundle.make(self.ctx.node(home)?).with_context(|| format!("bundle of {name} on {home}")).map(drop)
+        };
+        node::each(homes, make)?;
         let start = homes.first().context("a container needs a home")?;
         self.cast.push(Actor {
             name: name.to_owned(),
@@ -247,17 +247,18 @@ impl<'a> Stage<'a> {
 
     /// Removes containers, bundles and what is kept of them.
     pub fn finish(self) -> Result<()> {
-        for actor in &self.cast {
-            for home in &actor.homes {
-                let node = self.ctx.node(home)?;
+        let clear = |node: &&Node| {
+            for actor in self.cast.iter().filter(|a| a.homes.iter().any(|h| h == node.name())) {
                 // Where it is not, there is nothing to delete.
                 let _ = node.exec(&["migrrdma", "delete", "--force", &actor.name])?;
-                bundle::remove(node, &actor.name).with_context(|| format!("remove {} from {home}", actor.name))?;
+                bundle::remove(node, &actor.name)
+                    .with_context(|| format!("remove {} from {}", actor.name, node.name()))?;
                 // Output and exit status outlive a container on purpose.
                 node.check(&["rm", "-rf", &format!("/var/lib/migrrdma/containers/{}", actor.name)])?;
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        node::each(&self.ctx.nodes(), clear).map(drop)
     }
 }
 
@@ -276,9 +277,11 @@ impl Pair {
         let pair = Pair { client: format!("ck-client{tag}"), server: format!("ck-server{tag}") };
         let (sh, ch) = (120 + 2 * tag, 121 + 2 * tag);
         let address = format!("10.20.0.{sh}");
-        let processes = load.iter().position(|o| *o == "--processes").map(|i| &load[i..i + 2]).unwrap_or_default();
         let mut command = vec![CHECKER, "server", "--progress", "2"];
-        command.extend(processes);
+        // What both ends have to be told.
+        for option in ["--processes", "--stamp-ms"] {
+            command.extend(load.iter().position(|o| *o == option).map(|i| &load[i..i + 2]).unwrap_or_default());
+        }
         stage.run(&pair.server, sh, server, &command)?;
         stage.wait_log(&pair.server, "listening", |t| t.contains("listening"))?;
         let mut command = vec![CHECKER, "client", "--connect", &address, "--duration", "0", "--progress", "1"];
