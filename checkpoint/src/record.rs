@@ -28,6 +28,9 @@ pub enum State {
     Committed,
     /// Committed, and everything is done.
     Finished,
+    /// Committed, and then given up by an administrator, who said that the destination is gone: the container belongs
+    /// to this host again. [`Record::plan`] is there until it is restored.
+    TakenBack,
     /// Undone.
     Aborted,
 }
@@ -67,7 +70,10 @@ pub struct Record {
     /// Everybody goes on already; only the cleaning is left, and the destination may have forgotten the migration.
     #[serde(default)]
     pub resumed: bool,
-    /// Why it was undone, if it was.
+    /// The destination knows that the container was taken back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub told: bool,
+    /// Why it was undone or taken back, if it was.
     pub why: Option<String>,
 }
 
@@ -84,6 +90,7 @@ impl Record {
             plan: serde_json::Value::Null,
             began: now(),
             resumed: false,
+            told: false,
             why: None,
         }
     }

@@ -17,6 +17,7 @@ use checkpoint::criu::rpc::Criu_network_lock_method;
 use checkpoint::engine::by_hand::Word;
 use checkpoint::engine::park::CheckpointRequest;
 use checkpoint::engine::revive::RestoreRequest;
+use checkpoint::engine::take_back::RecoverRequest;
 use checkpoint::image;
 
 use crate::admin_client::Client;
@@ -306,25 +307,55 @@ pub fn restore(id: &str, images: &Path, bundle: &Path, disconnected: bool, how: 
     let mut client = agent(&Request::Restore(request)).with_context(|| {
         format!("the image {} holds RDMA objects, which only the agent can bring back", images.display())
     })?;
+    as_told(&mut client, id, bundle, how, "restored")
+}
+
+/// Has the agent give a migration up whose destination is gone, and restores what is left of its container, whose
+/// name it returns. `how` is told that name, the image and the bundle.
+pub fn recover(
+    config: &Config,
+    request: RecoverRequest,
+    how: impl FnOnce(&str, &Path, &Path) -> Result<How>,
+) -> Result<(String, Restored)> {
+    let id = request.container.clone();
+    let mut client = Client::ask(&config.admin(), &Request::Recover(request))?;
+    loop {
+        match client.next()?.context("the agent ended before it said how this ended; run the command again")? {
+            Event::Note { text } => eprintln!("{text}"),
+            Event::Kept { container, images, bundle } => {
+                let how = how(&container, &images, &bundle)?;
+                let restored = as_told(&mut client, &container, &bundle, how, "recovered")?;
+                return Ok((container, restored));
+            }
+            event => {
+                end(event, &id, "recovered")?;
+                bail!("the agent ended well, but nothing was restored");
+            }
+        }
+    }
+}
+
+/// Restores when the agent says so; `verb` as in [`end`].
+fn as_told(client: &mut Client, id: &str, bundle: &Path, how: How, verb: &str) -> Result<Restored> {
     let mut how = Some(how);
     let mut restored = None;
     loop {
-        match next(&mut client) {
+        match next(client) {
             Ok(Event::Restore { incubator, door }) => {
                 let Some(mut how) = how.take() else { bail!("the agent wants to restore a second time") };
                 how.prepare(incubator, bundle);
-                let mut gate = RestoreGate { client: &mut client, door: door.as_deref(), later: None };
+                let mut gate = RestoreGate { client, door: door.as_deref(), later: None };
                 let done = how.go(Some(&mut gate));
                 gate.ended(&done);
                 match done {
                     Ok(done) => {
                         restored = Some(done);
                         // An agent that has ended meanwhile is noticed next.
-                        let _ = say(&mut client, Word::Running);
+                        let _ = say(client, Word::Running);
                     }
                     Err(err) => {
                         let word = Word::Ended { error: Some(format!("{err:#}")) };
-                        if say(&mut client, word).is_err() {
+                        if say(client, word).is_err() {
                             return Err(err);
                         }
                     }
@@ -333,7 +364,7 @@ pub fn restore(id: &str, images: &Path, bundle: &Path, disconnected: bool, how: 
             // Told at the gate, and again here if the agent changed its mind before.
             Ok(Event::Refuse { .. }) => {}
             Ok(event) => {
-                end(event, id, "restored")?;
+                end(event, id, verb)?;
                 return restored.context("the agent ended well, but nothing was restored");
             }
             Err(err) => match restored {

@@ -178,7 +178,7 @@ fn rights(spec: &Spec) -> Result<Rights> {
 }
 
 /// Engines that let systemd make cgroups name them `slice:prefix:name`; nothing else looks like that.
-fn by_systemd(spec: &Spec) -> bool {
+pub fn by_systemd(spec: &Spec) -> bool {
     let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
     path.and_then(|path| path.to_str()).is_some_and(|path| !path.starts_with('/') && path.matches(':').count() == 2)
 }
@@ -405,16 +405,16 @@ impl Host for MigrationHost {
         let _ = fs::remove_dir_all(HostPaths::default().sysfs_dir(id));
     }
 
-    fn remove_broken_off(&self, id: &str, images: &Path) -> host::Result<()> {
+    fn remove_restored(&self, id: &str, images: &Path) -> host::Result<bool> {
         let remove = || {
             if !self.root.join(id).exists() {
-                return Ok(());
+                return Ok(false);
             }
             let handle = ContainerHandle::load(&self.root, id)?;
             if handle.sidecar.restored_from.as_deref() != Some(images) {
-                return Ok(());
+                return Ok(false);
             }
-            destroy::delete(handle, true)
+            destroy::delete(handle, true).map(|()| true)
         };
         remove().map_err(told)
     }

@@ -92,6 +92,7 @@ fn plain(event: &Event) {
         Event::Plain
         | Event::Dump
         | Event::Restore { .. }
+        | Event::Kept { .. }
         | Event::Go
         | Event::Refuse { .. }
         | Event::Dropped { .. }

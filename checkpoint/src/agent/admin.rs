@@ -23,6 +23,7 @@ use super::{Agent, StartError};
 use crate::engine::by_hand::{Clerk, Word};
 use crate::engine::park::{self, CheckpointRequest};
 use crate::engine::revive::{self, RestoreRequest};
+use crate::engine::take_back::{self, RecoverRequest};
 use crate::engine::{Cancel, MigrateRequest, Progress, attempts};
 use crate::phase::Phase;
 use crate::timeline::Summary;
@@ -42,6 +43,8 @@ pub enum Request {
     Checkpoint(CheckpointRequest),
     /// Restore by the program at the other end.
     Restore(RestoreRequest),
+    /// Give a committed migration up whose destination is gone, and have the program at the other end restore.
+    Recover(RecoverRequest),
     /// Prepare a restore and wait for it.
     Partial(RestoreRequest),
     /// Drop what was prepared.
@@ -123,6 +126,12 @@ pub enum Event {
         #[serde(default)]
         door: Option<PathBuf>,
     },
+    /// To a program that recovers: what it will be told to restore, and from what bundle.
+    Kept {
+        container: String,
+        images: PathBuf,
+        bundle: PathBuf,
+    },
     /// Past the gate.
     Go,
     /// Not past it: the tasks go on, or end if they were just restored.
@@ -203,6 +212,11 @@ fn converse(agent: &Arc<Agent>, stream: UnixStream) {
             let cancel = Arc::new(Cancel::default());
             watch(reader, cancel.clone(), words);
             revive::restore(agent, &request, &cancel, &clerk, &*talk);
+        }
+        Ok(Some(Request::Recover(request))) => {
+            let cancel = Arc::new(Cancel::default());
+            watch(reader, cancel.clone(), words);
+            take_back::recover(agent, &request, &cancel, &clerk, &*talk);
         }
         Ok(Some(Request::Partial(request))) => {
             let cancel = Arc::new(Cancel::default());

@@ -16,6 +16,7 @@ use rdma_virt::msg::{Reply, Request};
 use serde::{Deserialize, Serialize};
 
 use super::peer::{Claim, Why};
+use super::shims::{Shim, ShimError};
 use super::{Agent, LOCAL, chain, lock};
 use crate::record::{read_json, replace_json_unflushed};
 
@@ -30,6 +31,8 @@ const LATECOMERS: Duration = Duration::from_secs(120);
 pub(super) struct LetGo {
     since: Instant,
     told: BTreeSet<Vpid>,
+    /// It had been decided: some have changed over to new QPs, from which no way leads back.
+    decided: bool,
 }
 
 /// By container and migration: an attempt that found the container's shims still in the hands of the one before, and was
@@ -81,7 +84,17 @@ impl Agent {
     /// Tells every shim of a container that its migration is undone. After a restart of this agent some may still be on
     /// their way back to it; those are told when they have come.
     pub(crate) fn let_go_on(&self, migration: MigrationId, container: &str) {
-        let let_go = LetGo { since: Instant::now(), told: BTreeSet::new() };
+        self.let_go_so(migration, container, false);
+    }
+
+    /// The same of a migration that had been decided and has no other end any more: whatever a shim has come to, it
+    /// goes on from there.
+    pub(super) fn let_go_alone(&self, migration: MigrationId, container: &str) {
+        self.let_go_so(migration, container, true);
+    }
+
+    fn let_go_so(&self, migration: MigrationId, container: &str, decided: bool) {
+        let let_go = LetGo { since: Instant::now(), told: BTreeSet::new(), decided };
         let key = (container.to_owned(), migration);
         lock(&self.let_go).insert(key.clone(), let_go);
         self.tell_undone(&key);
@@ -94,9 +107,16 @@ impl Agent {
 
     fn tell_undone(&self, key: &(String, MigrationId)) {
         let (container, migration) = (&key.0, key.1);
-        let Some(told) = lock(&self.let_go).get(key).map(|let_go| let_go.told.clone()) else { return };
+        let known = lock(&self.let_go).get(key).map(|let_go| (let_go.told.clone(), let_go.decided));
+        let Some((told, decided)) = known else { return };
+        let ask = |shim: &Shim, request| shim.ask(Some(migration), request, self.answer_time());
         for shim in self.shims.of(container).into_iter().filter(|shim| !told.contains(&shim.vpid)) {
-            match shim.ask(Some(migration), Request::Abort, self.answer_time()) {
+            let answer = match decided.then(|| ask(&shim, Request::Resume)) {
+                // It has not changed over, or has no part in it.
+                None | Some(Err(ShimError::Refused { .. })) => ask(&shim, Request::Abort),
+                Some(answer) => answer,
+            };
+            match answer {
                 Ok(Reply::GoesOn { held }) => self.metrics.held(held),
                 Ok(other) => eprintln!("{} answered abort with {other:?}", shim.who()),
                 Err(e) => {

@@ -83,6 +83,9 @@ const SELDOM: u64 = 6;
 /// And every how many rounds those who left are asked after.
 const TIDY: u64 = 720;
 
+/// For the word of an agent that somebody else cannot reach.
+const REACH: Duration = Duration::from_secs(6);
+
 /// An error and its causes in one line.
 pub fn chain(e: &(dyn std::error::Error + 'static)) -> String {
     let mut text = e.to_string();
@@ -255,6 +258,11 @@ impl Agent {
         self.identity.as_ref().err().map(String::as_str)
     }
 
+    /// Answers [`Order::Reaches`].
+    fn reaches(&self, at: &str) -> bool {
+        self.client.call(at, None, Order::Describe, REACH).is_ok()
+    }
+
     /// Puts an order to an agent, this one included.
     pub fn call(
         &self,
@@ -292,13 +300,18 @@ impl Agent {
             }
             Order::Connected { vgid, vqpn } => return Ok(Answer::Connected(self.connected_to(*vgid, *vqpn))),
             Order::Has { process } if !is_plain_name(&process.container) => return Ok(Answer::Has(false)),
+            Order::Reaches { at } => return Ok(Answer::Has(self.reaches(at))),
             Order::Has { process } => return Ok(Answer::Has(self.has(&process.container, process))),
             _ => {}
         }
         let name = order.name();
         let id = migration.ok_or_else(|| Refusal::Failed(format!("{name} belongs to a migration, but names none")))?;
         match order {
-            Order::Describe | Order::Resolve { .. } | Order::Connected { .. } | Order::Has { .. } => {
+            Order::Describe
+            | Order::Resolve { .. }
+            | Order::Connected { .. }
+            | Order::Reaches { .. }
+            | Order::Has { .. } => {
                 unreachable!("answered above")
             }
             Order::Moved(mut news) => {
@@ -325,6 +338,10 @@ impl Agent {
                 self.unpark(id, from, port, &containers, generation, &secret)
             }
             Order::Release { committed } => Ok(self.release(id, committed)),
+            order @ Order::TakenBack { .. } => {
+                self.forsake(id);
+                engine::dest::obey(self, from, id, order)
+            }
             order => engine::dest::obey(self, from, id, order),
         }
     }

@@ -290,6 +290,22 @@ impl Agent {
         }
     }
 
+    /// The destination of a migration that had committed is gone: peers here go on, with QPs that lead to nobody and
+    /// end as those of a dead host's peers do.
+    pub fn forsake(&self, migration: MigrationId) {
+        let of_it = |claim: &Claim| claim.migration == migration && claim.why == Why::Peer;
+        let peers: Vec<String> =
+            lock(&self.claims).iter().filter(|(_, claim)| of_it(claim)).map(|(id, _)| id.clone()).collect();
+        if peers.is_empty() {
+            return;
+        }
+        peers.iter().for_each(|container| self.let_go_alone(migration, container));
+        self.metrics.migration(Role::Peer, Outcome::Orphaned);
+        let mut claims = lock(&self.claims);
+        claims.retain(|_, claim| !of_it(claim));
+        self.note_claims(&claims);
+    }
+
     /// Asks the sources of quiet migrations what became of them. Called every now and then.
     pub fn look_after_claims(&self) {
         let quiet: Vec<(String, Claim)> = lock(&self.claims)
@@ -304,6 +320,11 @@ impl Agent {
                 Ok(Answer::Fate(Fate::Aborted)) => {
                     eprintln!("{} is over, its source says; container {container} goes on", claim.migration);
                     self.release(claim.migration, false);
+                }
+                // Of one that arrived here the engine asks as well, and ends it.
+                Ok(Answer::Fate(Fate::TakenBack)) if claim.why == Why::Peer => {
+                    eprintln!("{} was taken back, its source says; container {container} goes on", claim.migration);
+                    self.forsake(claim.migration);
                 }
                 Ok(Answer::Fate(Fate::Finished)) => {
                     eprintln!("{} is finished, its source says; container {container} is free", claim.migration);

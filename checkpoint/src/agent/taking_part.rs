@@ -11,6 +11,7 @@ use super::sessions::Session;
 use super::under_way::{Course, Role, Stage, Waiting};
 use super::{Agent, LOCAL, lock};
 use crate::engine::arrivals::Seen;
+use crate::engine::take_back::hint;
 use crate::phase::Phase;
 use crate::record::{Kind, Record, State, now};
 
@@ -182,9 +183,20 @@ fn pre_dumped(session: &Session, full: Duration) -> Migration {
     }
 }
 
+/// One that was taken back is over once it is restored, though its destination may still have to hear of it.
+fn is_over(record: &Record) -> bool {
+    match record.state {
+        State::Finished | State::Aborted => true,
+        State::TakenBack => record.plan.is_null(),
+        State::Started | State::Committed => false,
+    }
+}
+
 /// One that nobody works on at this moment.
 fn recorded(record: Record, known: Vec<Waiting>) -> Migration {
-    let over = matches!(record.state, State::Finished | State::Aborted);
+    let (over, restored) = (is_over(&record), record.plan.is_null());
+    let committed = record.kind == Kind::Migration && record.state == State::Committed;
+    let why = record.why.or_else(|| committed.then(|| hint(&record.container)));
     let (role, other) = match record.kind {
         Kind::Migration => (Role::Source, record.to),
         Kind::Checkpoint => (Role::Source, IMAGE.into()),
@@ -193,6 +205,9 @@ fn recorded(record: Record, known: Vec<Waiting>) -> Migration {
     let (state, or) = match record.state {
         State::Started => ("started", Some("this agent to undo it, because it was not decided")),
         State::Committed => ("committed", Some("everybody to be told; it is tried again every now and then")),
+        State::TakenBack if !restored => ("taken back", Some("`migrrdma recover` to restore it")),
+        State::TakenBack if !record.told => ("taken back", Some("its destination to come back and hear of it")),
+        State::TakenBack => ("taken back", None),
         State::Finished => ("finished", None),
         State::Aborted => ("aborted", None),
     };
@@ -207,18 +222,17 @@ fn recorded(record: Record, known: Vec<Waiting>) -> Migration {
         waits_for: waits(known, or),
         left_seconds: None,
         over,
-        why: record.why,
+        why,
     }
 }
 
 /// Drops old records of what is over.
 fn newest(mut records: Vec<Record>) -> Vec<Record> {
-    let over = |r: &Record| matches!(r.state, State::Finished | State::Aborted);
     let old = records.len().saturating_sub(SHOWN);
     let mut at = 0;
     records.retain(|r| {
         at += 1;
-        at > old || !over(r)
+        at > old || !is_over(r)
     });
     records
 }
@@ -237,8 +251,17 @@ impl Agent {
         let records = newest(self.records.all().map(|(good, _)| good).unwrap_or_default());
 
         let mut all = Vec::new();
+        let committed = |id: MigrationId| {
+            let is_it = |r: &&Record| r.id() == Some(id);
+            records.iter().find(is_it).is_some_and(|r| (r.kind, r.state) == (Kind::Migration, State::Committed))
+        };
         for (id, course) in &courses {
-            all.push(conducted(*id, course.clone(), list.waits(*id)));
+            let mut told = conducted(*id, course.clone(), list.waits(*id));
+            // No phase after the commit takes so long where everybody answers.
+            if course.since.elapsed() > QUIET && committed(*id) {
+                told.why = Some(hint(&course.container));
+            }
+            all.push(told);
         }
         for seen in arrivals.into_iter().filter(|seen| !conducts(&seen.id)) {
             let known = list.waits_but_for_others(seen.id, &seen.container);
@@ -389,7 +412,23 @@ mod tests {
         assert_eq!((shown[0].began, shown[1].began), (0, 2));
         let told = recorded(shown[0].clone(), Vec::new());
         assert!(!told.over && told.waits_for.len() == 1 && told.since_seconds > 1e9);
+        assert!(told.why.is_some_and(|why| why.contains("`migrrdma recover c`")));
         let told = recorded(shown[1].clone(), Vec::new());
         assert!(told.over && told.waits_for.is_empty());
+    }
+
+    #[test]
+    fn one_that_was_taken_back_is_over_once_it_is_restored_and_then_its_destination_is_to_hear_of_it() {
+        let mut record = Record::new(ID, "c", "dst:7477");
+        (record.state, record.plan) = (State::TakenBack, serde_json::json!({}));
+        let tell = |record: &Record| {
+            let told = recorded(record.clone(), Vec::new());
+            (told.over, told.waits_for.into_iter().map(|w| w.what).collect::<String>())
+        };
+        assert_eq!(tell(&record), (false, "`migrrdma recover` to restore it".into()));
+        record.plan = serde_json::Value::Null;
+        assert_eq!(tell(&record), (true, "its destination to come back and hear of it".into()));
+        record.told = true;
+        assert_eq!(tell(&record), (true, String::new()));
     }
 }

@@ -168,7 +168,7 @@ impl UnderWay {
             Order::Commit => "the address to come up and the tasks to run",
             Order::Adopt => "the moved processes to take their objects",
             Order::Rebuild { .. } => "the moved processes to make their objects",
-            Order::Finish | Order::Abandon => "what is not needed to be removed",
+            Order::Finish | Order::Abandon | Order::TakenBack { .. } => "what is not needed to be removed",
             _ => return None,
         };
         Some(self.wait(id, what.into(), None))

@@ -78,32 +78,14 @@ impl Arrival {
 mod tests {
     use super::*;
     use crate::engine::dest::Entry;
-    use crate::image::HandOver;
-    use crate::net::msg::{Lease, Offer};
+    use crate::engine::fixture::offer;
     use std::sync::{Arc, Mutex};
-
-    fn offer() -> Offer {
-        Offer {
-            container: "c".into(),
-            bundle: "/b".into(),
-            from: "src".into(),
-            from_port: 0,
-            criu: 0,
-            cpu_flags: Vec::new(),
-            processes: Vec::new(),
-            image_bytes: 0,
-            paused: false,
-            lease: Lease { first: 0, count: 0 },
-            hand_over: HandOver::Adopt,
-            copy: None,
-        }
-    }
 
     #[test]
     fn an_arrival_is_listed_also_while_somebody_works_on_it() {
         let (desk, id) = (Desk::default(), MigrationId([1; 16]));
         let source = "10.0.0.1:7477";
-        let arrival = Arc::new(Mutex::new(Arrival::new(source.into(), offer())));
+        let arrival = Arc::new(Mutex::new(Arrival::new(source.into(), offer("c"))));
         let entry = Entry { container: "c".into(), source: source.into(), arrival: arrival.clone() };
         lock(&desk.0).insert(id, entry);
         let [seen] = &desk.list()[..] else { panic!("one") };

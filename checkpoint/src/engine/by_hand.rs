@@ -150,8 +150,8 @@ impl Host for HandHost {
     fn show_no_more(&self, id: &str) {
         self.host.show_no_more(id);
     }
-    fn remove_broken_off(&self, id: &str, images: &Path) -> Result<()> {
-        self.host.remove_broken_off(id, images)
+    fn remove_restored(&self, id: &str, images: &Path) -> Result<bool> {
+        self.host.remove_restored(id, images)
     }
     fn incubate(&self, id: &str, bundle: &Path, socket: &Path) -> Result<Box<dyn Nursery>> {
         self.host.incubate(id, bundle, socket)
@@ -225,18 +225,18 @@ impl Held for HandHeld {
 pub(super) struct ByHand<'a> {
     agent: &'a Agent,
     host: Arc<dyn Host>,
-    /// Agent of the host an image came from; it learns where the container went.
-    pub origin: Option<String>,
+    /// Agents that learn where the container is: that of the host its image came from, for one.
+    pub origins: Vec<String>,
 }
 
 impl<'a> ByHand<'a> {
     pub fn new(agent: &'a Agent, clerk: Arc<dyn Clerk>) -> Self {
-        ByHand { agent, host: Arc::new(HandHost { host: agent.host.clone(), clerk }), origin: None }
+        ByHand { agent, host: Arc::new(HandHost { host: agent.host.clone(), clerk }), origins: Vec::new() }
     }
 
     /// For what is left to do when the program went on, or away.
     pub fn without_clerk(agent: &'a Agent) -> Self {
-        ByHand { agent, host: agent.host.clone(), origin: None }
+        ByHand { agent, host: agent.host.clone(), origins: Vec::new() }
     }
 }
 
@@ -316,16 +316,14 @@ impl World for ByHand<'_> {
     /// It did not leave: it came here, from wherever the image is.
     fn left(&self, _: &str, news: &[MovedProcess]) -> std::result::Result<(), String> {
         self.agent.moved.learn(news).map_err(|e| chain(&e))?;
-        let Some(at) = self.origin.as_ref().filter(|at| *at != LOCAL) else { return Ok(()) };
         let seldom = Duration::from_secs(5);
-        match self.agent.client.call(
-            at,
-            Some(MigrationId(super::forward::random())),
-            Order::Moved(news.to_vec()),
-            seldom,
-        ) {
-            Ok(_) => Ok(()),
-            Err(e) => Err(format!("the host it came from: {}", chain(&e))),
+        let mut deaf = Vec::new();
+        for at in self.origins.iter().filter(|at| *at != LOCAL) {
+            let order = Order::Moved(news.to_vec());
+            if let Err(e) = self.agent.client.call(at, Some(MigrationId(super::forward::random())), order, seldom) {
+                deaf.push(chain(&e));
+            }
         }
+        if deaf.is_empty() { Ok(()) } else { Err(format!("a host where it was looked for: {}", deaf.join("; "))) }
     }
 }

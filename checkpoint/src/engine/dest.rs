@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Until [`State::Prepared`] this host may give up by itself: the source cannot have committed. In `Prepared` only the
-//! source knows; this host waits, asks, and does nothing else. In `Running` there is no way back.
+//! source knows; this host waits, asks, and does nothing else. In `Running` there is no way back, unless the source has
+//! been told that this host is gone ([`super::forsaken`]).
 
 use std::collections::HashMap;
 use std::fs;
@@ -24,6 +25,7 @@ use rdma_virt::id::{MigrationId, ObjId, Vpid};
 use rdma_virt::msg::KeyTable;
 use rdma_virt::saved::{AdoptedProcess, ProcessState, SgidMap};
 
+use super::forsaken;
 use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::landing::Landing;
 use super::memory::Memory;
@@ -35,10 +37,14 @@ use crate::agent::metrics::Outcome;
 use crate::agent::under_way::Role;
 use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
-use crate::net::msg::{Answer, BornGid, BornQp, Offer, Order, Refusal};
+use crate::net::msg::{Answer, BornGid, BornQp, Fate, Offer, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
 pub(super) const QUIET: Duration = Duration::from_secs(20);
+
+/// A source decides at once when it hears that all is prepared. A decision that comes later than this may have been
+/// on its way for so long that it is not true any more.
+const STALE: Duration = Duration::from_secs(5);
 
 /// Name of the incubator's socket in the container's directory; the plugin knows it.
 const INCUBATOR: &str = "incubator.sock";
@@ -168,14 +174,24 @@ pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Ord
     if let Order::Offer { offer, dry_run } = order {
         return consider(agent, from, id, *offer, dry_run);
     }
+    if matches!(order, Order::Holds) {
+        return Ok(Answer::Has(forsaken::holds(agent, id)));
+    }
     let Some(entry) = agent.desk.get(id) else {
         return match order {
+            Order::TakenBack { container } => {
+                forsaken::remove_finished(agent, id, &container).map(|()| Answer::Done).map_err(failed)
+            }
             // What was never here, or is gone, need not be removed.
             Order::Abandon | Order::Finish => Ok(Answer::Done),
             other => Err(failed(format!("{} for a migration this host knows nothing of", other.name()))),
         };
     };
     let mut arrival = lock(&entry.arrival);
+    let order = match order {
+        Order::Commit if from.is_some() && arrival.heard.elapsed() > STALE => confirmed(agent, id, &arrival)?,
+        order => order,
+    };
     arrival.heard = Instant::now();
     let (before, finishes) = (arrival.state.name(), matches!(order, Order::Finish));
     let step = agent.under_way.step_here(id, &order);
@@ -192,6 +208,17 @@ pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Ord
         lock(&agent.desk.0).remove(&id);
     }
     answer
+}
+
+/// What has become of a decision that was long on its way: the line may have been cut, or this host have stood still,
+/// for longer than anybody believed in it.
+fn confirmed(agent: &Agent, id: MigrationId, arrival: &Arrival) -> Result<Order, Refusal> {
+    match agent.call(&arrival.source, Some(id), Order::Fate, Duration::from_secs(10)) {
+        Ok(Answer::Fate(Fate::Committed | Fate::Finished)) => Ok(Order::Commit),
+        Ok(Answer::Fate(Fate::TakenBack)) => Ok(Order::TakenBack { container: arrival.offer.container.clone() }),
+        Ok(_) => Err(failed("a decision that its source does not confirm")),
+        Err(e) => Err(failed(format!("a decision came late, and its source does not confirm it: {}", chain(&e)))),
+    }
 }
 
 fn consider(
@@ -284,6 +311,10 @@ impl Arrival {
                 drop((held, keys));
                 (State::Gone, Ok(Answer::Done))
             }
+            (state, Order::TakenBack { .. }) => {
+                let (state, ended) = self.forsake(agent, id, state);
+                (state, ended.map(|()| Answer::Done).map_err(failed))
+            }
             (running @ State::Running { .. }, Order::Abandon) => {
                 (running, Err(failed("the container runs here already: its source had committed")))
             }
@@ -364,7 +395,7 @@ impl Arrival {
         let store = match store {
             Some(store) => store,
             none => {
-                let dir = agent.config.state_dir.join("incoming").join(id.to_string());
+                let dir = Store::place(&agent.config.state_dir, id);
                 none.insert(Store::make(dir, self.offer.image_bytes).map_err(wrap)?)
             }
         };
@@ -547,7 +578,7 @@ impl Arrival {
         }
     }
 
-    fn abandon(&mut self, agent: &Agent, state: State) {
+    pub(super) fn abandon(&mut self, agent: &Agent, state: State) {
         let container = &self.offer.container;
         let (nursery, store) = match state {
             State::Prepared { nursery, store, held, wire } => {

@@ -10,7 +10,9 @@ use crate::agent::Agent;
 use crate::agent::config::Config;
 
 use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Result, Wire};
+use crate::image::HandOver;
 use crate::likeness::Likeness;
+use crate::net::msg::{Lease, Offer};
 
 /// GID of the source, of the destination, of the peer's host.
 pub const SRC: [u8; 16] = [1; 16];
@@ -67,11 +69,29 @@ pub fn process(vpid: i32, qps: Vec<QpState>) -> ProcessState {
     }
 }
 
-/// An agent on such a host, with its directories below `dir`, that is not started.
+/// An agent on such a host, with its directories below `dir`, that is not started: it can do nothing but be asked.
 pub fn idle_agent(dir: &Path) -> Arc<Agent> {
     let config = Config { state_dir: dir.join("state"), run_dir: dir.join("run"), ..Config::default() };
     std::fs::create_dir_all(&config.run_dir).unwrap();
     Agent::new(config, Arc::new(IdleHost)).unwrap()
+}
+
+/// What the source says of a container without processes.
+pub fn offer(container: &str) -> Offer {
+    Offer {
+        container: container.into(),
+        bundle: "/b".into(),
+        from: "src".into(),
+        from_port: 1,
+        criu: 40101,
+        cpu_flags: Vec::new(),
+        processes: Vec::new(),
+        image_bytes: 0,
+        paused: false,
+        lease: Lease { first: 1, count: 2 },
+        hand_over: HandOver::Adopt,
+        copy: None,
+    }
 }
 
 /// A host on which any container that is asked for exists, and nothing happens.
@@ -134,8 +154,9 @@ impl Host for IdleHost {
         never()
     }
     fn show_no_more(&self, _: &str) {}
-    fn remove_broken_off(&self, _: &str, _: &Path) -> Result<()> {
-        Ok(())
+    /// Every image that is there has its container.
+    fn remove_restored(&self, _: &str, images: &Path) -> Result<bool> {
+        Ok(images.is_dir())
     }
     fn incubate(&self, _: &str, _: &Path, _: &Path) -> Result<Box<dyn Nursery>> {
         never()

@@ -43,8 +43,9 @@ pub(super) struct Forward {
 pub(super) struct FromImage {
     /// What the container's shims know the restore as.
     pub series: MigrationId,
-    /// Address of the agent of the host it came from, if it can be told where the container went.
-    pub origin: Option<String>,
+    /// Addresses of agents that can be told where the container is: of the host it came from, and of others that looked
+    /// for it elsewhere.
+    pub origins: Vec<String>,
 }
 
 /// 16 random bytes.
@@ -62,6 +63,15 @@ pub fn random() -> [u8; 16] {
 pub fn random_u32() -> u32 {
     let r = random();
     u32::from_le_bytes([r[0], r[1], r[2], r[3]])
+}
+
+/// The tasks that a container had here when it left.
+pub(super) fn kill_what_is_left(container: &Container) {
+    // A new container may have the name, and the cgroup, of one that moved long ago.
+    if procs::in_cgroup(container.init, &container.cgroup) {
+        // The cgroup may be gone with its last task.
+        let _ = fs::write(container.cgroup.join("cgroup.kill"), "1");
+    }
 }
 
 impl Run<'_> {
@@ -130,13 +140,7 @@ impl Run<'_> {
 
     /// Whatever became of CRIU: nothing of the container may ever run here again.
     pub(super) fn kill_what_is_left(&self) {
-        // A new container may have the name, and the cgroup, of one that moved long ago.
-        if let Some(container) = &self.container
-            && procs::in_cgroup(container.init, &container.cgroup)
-        {
-            // The cgroup may be gone with its last task.
-            let _ = fs::write(container.cgroup.join("cgroup.kill"), "1");
-        }
+        self.container.iter().for_each(kill_what_is_left);
     }
 
     /// The moved processes take their new objects; peers change over; everybody who resolves learns the new place.
@@ -211,7 +215,7 @@ impl Run<'_> {
                     Err(Stop::Absent(why)) => return Some(why),
                     Err(stop) => stop.to_string(),
                 };
-                if Instant::now() >= until {
+                if Instant::now() >= until || self.cancel.is_given_up() {
                     return Some(why);
                 }
                 thread::sleep(PAUSE);
@@ -242,6 +246,7 @@ impl Run<'_> {
                 Ok(()) => return Ok(()),
                 Err(stop) => stop,
             };
+            self.wanted()?;
             if Instant::now() >= until {
                 return Err(Stop::Failed(format!("{what}: {stop}")));
             }
@@ -253,8 +258,31 @@ impl Run<'_> {
         }
     }
 
+    /// A host that was restarted meanwhile answers like one that has finished; but the container ended with it, and
+    /// what is kept here is all there is.
+    fn still_there(&mut self) -> Result<(), Stop> {
+        let mut holds = false;
+        self.again("asking the destination whether it has the container", |run| {
+            match run.ask_destination(Order::Holds, run.answer_time())? {
+                Answer::Has(has) => holds = has,
+                _ => return Err(confused("the destination", "holds")),
+            }
+            Ok(())
+        })?;
+        if holds {
+            return Ok(());
+        }
+        let (to, name) = (&self.to, &self.request.container);
+        Err(Stop::Failed(format!(
+            "{to} has lost the container: that host was restarted; `migrrdma recover {name}` brings it back here"
+        )))
+    }
+
     /// Nothing of the container stays here; everybody forgets the migration.
     pub(super) fn finish(&mut self) -> Result<(), Stop> {
+        if !self.record.resumed {
+            self.still_there()?;
+        }
         if !std::mem::replace(&mut self.record.resumed, true)
             && let Err(e) = self.world.records().write(&self.record)
         {

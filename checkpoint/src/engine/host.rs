@@ -167,9 +167,9 @@ pub trait Host: Send + Sync + 'static {
     fn show(&self, id: &str, devices: &[Likeness]) -> Result<()>;
     /// It does not come.
     fn show_no_more(&self, id: &str);
-    /// Kills and removes a container whose restore from these images broke off together with its monitor. Another one of
-    /// that id is left alone.
-    fn remove_broken_off(&self, id: &str, images: &Path) -> Result<()>;
+    /// Kills and removes a container that was restored from these images, or whose restore from them broke off; whether
+    /// there was one. Another one of that id is left alone.
+    fn remove_restored(&self, id: &str, images: &Path) -> Result<bool>;
     /// Starts the incubator with the rights that bundle gives its container; `socket` is where the plugin's
     /// connections arrive, as a host path.
     fn incubate(&self, id: &str, bundle: &Path, socket: &Path) -> Result<Box<dyn Nursery>>;

@@ -49,6 +49,7 @@
 //! | [`dest`] | the receiving side: one state machine per migration |
 //! | `prepared` | what the receiving side writes down, so that a restarted agent goes on from it |
 //! | [`orphans`] | arrivals whose source has gone quiet |
+//! | `forsaken` | containers that were taken back while this host could not be reached |
 //! | [`arrivals`] | what arrives, for those who look on |
 //! | [`park`], [`revive`] | by command instead: to disk, and from there |
 //! | `revived` | a restore by command whose agent was restarted |
@@ -57,6 +58,7 @@
 //! | `newcomers` | which restored processes still exist, and questions to their shims |
 //! | [`store`] | where an arriving image is put |
 //! | [`recover`] | what an agent does about migrations it finds when it starts |
+//! | [`take_back`] | by command, on the source: a committed migration whose destination is gone |
 
 pub mod arrivals;
 pub mod attempts;
@@ -68,6 +70,7 @@ pub mod dest;
 pub mod elf;
 #[cfg(test)]
 pub mod fixture;
+mod forsaken;
 pub mod forward;
 pub mod handover;
 pub mod host;
@@ -93,6 +96,7 @@ mod shipping;
 mod shown;
 pub mod source;
 pub mod store;
+pub mod take_back;
 pub mod world;
 
 use std::sync::{Mutex, PoisonError};
@@ -169,6 +173,8 @@ enum Wish {
     Stop(String),
     /// Committed: wishes are void.
     TooLate,
+    /// Committed, and an administrator gave it up all the same.
+    GivenUp,
 }
 
 impl Cancel {
@@ -182,6 +188,15 @@ impl Cancel {
         if matches!(*wish, Wish::None) {
             *wish = Wish::Stop(why.into());
         }
+    }
+
+    /// Whoever works on a committed migration stops where it is. Nothing is undone.
+    pub fn give_up(&self) {
+        *self.wish() = Wish::GivenUp;
+    }
+
+    pub fn is_given_up(&self) -> bool {
+        matches!(*self.wish(), Wish::GivenUp)
     }
 
     /// Why to stop, if somebody wants to.
@@ -219,5 +234,8 @@ mod tests {
         late.seal().unwrap();
         late.set("a");
         assert_eq!(late.why(), None);
+        assert!(!late.is_given_up());
+        late.give_up();
+        assert!(late.is_given_up());
     }
 }

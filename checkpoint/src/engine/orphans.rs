@@ -21,7 +21,7 @@ pub fn look_after(agent: &Agent) {
             revive::look_after(agent, id, &entry);
             continue;
         }
-        if arrival.heard.elapsed() < QUIET || matches!(arrival.state, State::Running { keys: Some(_), .. }) {
+        if arrival.heard.elapsed() < QUIET {
             continue;
         }
         let (source, may_give_up) = (
@@ -32,6 +32,7 @@ pub fn look_after(agent: &Agent) {
         let runs = matches!(arrival.state, State::Running { .. });
         drop(arrival);
         let order = match agent.call(&source, Some(id), Order::Fate, Duration::from_secs(10)) {
+            Ok(Answer::Fate(Fate::TakenBack)) => Order::TakenBack { container: entry.container.clone() },
             Ok(Answer::Fate(Fate::Aborted)) => Order::Abandon,
             Ok(Answer::Fate(Fate::Committed)) => Order::Commit,
             Ok(Answer::Fate(Fate::Finished)) if runs => Order::Finish,
@@ -43,6 +44,10 @@ pub fn look_after(agent: &Agent) {
             Err(_) if may_give_up => Order::Abandon,
             Err(e) => {
                 eprintln!("{id}: its source is silent: {}", chain(&e));
+                if runs {
+                    // It waits for nothing but the end.
+                    lock(&entry.arrival).heard = Instant::now();
+                }
                 continue;
             }
         };

@@ -11,13 +11,14 @@
 //! | not decided | closed | the restore ended without a decision: removed |
 //! | decided | open | prepared: the decision did not reach the monitor, and the source repeats it |
 //! | decided | closed | the tasks run |
+//! | of another boot | | removed: the container ended with this host, and its source is told so when it asks |
 //!
 //! Nothing here is flushed: what is restored does not outlive its host. This is not the record that decides, which
 //! lies with the source.
 //!
 //! What a command restores from files waits in the same way, in the command's hands. There this host has the record, and
 //! that the tasks were about to run is flushed as that is: a note that says "not decided" behind a closed door says that
-//! nothing ever ran ([`super::revived`]).
+//! nothing ever ran, whatever has become of this host since ([`super::revived`]).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -44,7 +45,7 @@ const DOOR: &str = "door.sock";
 /// Name of the file with the id of the container that is being restored: there is no note before that is done.
 const BEGUN: &str = "restores";
 /// Version of the note's format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Where the monitor of an image in `dir` waits.
 pub(super) fn door(dir: &Path) -> std::path::PathBuf {
@@ -60,7 +61,7 @@ pub(super) fn begins(dir: &Path, container: &str) -> Result<(), String> {
 /// What a restore left that ended together with its monitor.
 fn remove_broken_off(agent: &Agent, dir: &Path) {
     let Some(container) = fs::read_to_string(dir.join(BEGUN)).ok().filter(|id| is_plain_name(id)) else { return };
-    if let Err(e) = agent.host.remove_broken_off(&container, &Store::again(dir.to_owned()).images()) {
+    if let Err(e) = agent.host.remove_restored(&container, &Store::again(dir.to_owned()).images()) {
         eprintln!("container {container}, whose restore broke off: {e}");
     }
 }
@@ -81,20 +82,43 @@ pub(super) struct Note {
     decided: bool,
     /// What the shims answered, once they did.
     keys: Option<Vec<(Vpid, KeyTable)>>,
+    /// Which start of this host it belongs to.
+    boot: String,
     /// The image, where an administrator gave it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     images: Option<PathBuf>,
 }
 
+/// A name that this host's kernel gives itself at each start.
+fn this_boot() -> String {
+    // Where it cannot be read all notes are believed, as if the host had not been restarted.
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").map_or(String::new(), |id| id.trim().to_owned())
+}
+
 impl Note {
     pub fn new(source: &str, offer: &Offer, init: i32, adopted: &[AdoptedProcess]) -> Self {
         let (source, offer, adopted) = (source.to_owned(), offer.clone(), adopted.to_vec());
-        Note { version: VERSION, source, offer, init, adopted, decided: false, keys: None, images: None }
+        Note {
+            version: VERSION,
+            source,
+            offer,
+            init,
+            adopted,
+            decided: false,
+            keys: None,
+            boot: this_boot(),
+            images: None,
+        }
     }
 
     /// The image came from an administrator.
     pub fn given(self, images: Option<&Path>) -> Self {
         Note { images: images.map(Path::to_owned), ..self }
+    }
+
+    #[cfg(test)]
+    pub fn of_boot(self, boot: &str) -> Self {
+        Note { boot: boot.into(), ..self }
     }
 
     pub fn decided(self) -> Self {
@@ -112,6 +136,11 @@ impl Note {
             return write_json(&path, self).map_err(|e| chain(&e));
         }
         replace_json_unflushed(&path, self).map_err(|e| format!("cannot write {}: {e}", path.display()))
+    }
+
+    /// What it speaks of ended when this host did.
+    fn is_of_the_past(&self) -> bool {
+        self.boot != this_boot()
     }
 
     fn read(dir: &Path) -> Result<Option<Note>, String> {
@@ -158,15 +187,19 @@ pub fn take_up(agent: &Agent) {
                 continue;
             }
         };
+        let past = note.as_ref().is_some_and(Note::is_of_the_past);
+        if let Some(note) = note.as_ref().filter(|_| past) {
+            eprintln!("container {} was here until this host was restarted; it is gone", note.offer.container);
+        }
         let held = agent.host.held_at(&door(&path)).unwrap_or_else(|e| {
             eprintln!("{}: {e}", path.display());
             None
         });
         match (id, note, held) {
             (Some(id), Some(note), Some(held)) => go_on(agent, id, &path, note, Some(held)),
-            (Some(id), Some(note), None) if note.decided => go_on(agent, id, &path, note, None),
+            (Some(id), Some(note), None) if note.decided && !past => go_on(agent, id, &path, note, None),
             (id, note, held) => {
-                if let (Some(id), Some(Note { images: Some(_), .. })) = (id, note) {
+                if let (Some(id), Some(Note { images: Some(_), decided: false, .. })) = (id, note) {
                     super::revived::never_ran(agent, id);
                 }
                 if let Some(held) = held
@@ -226,25 +259,12 @@ fn go_on(agent: &Agent, id: MigrationId, dir: &Path, note: Note, held: Option<Bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::msg::Lease;
+    use crate::engine::fixture::{idle_agent, offer};
     use rdma_virt::id::{PRkey, VRkey};
 
     fn note() -> Note {
-        let offer = Offer {
-            container: "c".into(),
-            bundle: "/b".into(),
-            from: "src".into(),
-            from_port: 1,
-            criu: 40101,
-            cpu_flags: Vec::new(),
-            processes: Vec::new(),
-            image_bytes: 0,
-            paused: false,
-            lease: Lease { first: 1, count: 2 },
-            hand_over: HandOver::Adopt,
-            copy: None,
-        };
-        Note::new("10.0.0.1:1", &offer, 7, &[AdoptedProcess { vpid: Vpid(1), contexts: Vec::new() }])
+        let adopted = [AdoptedProcess { vpid: Vpid(1), contexts: Vec::new() }];
+        Note::new("10.0.0.1:1", &offer("c"), 7, &adopted)
     }
 
     #[test]
@@ -271,8 +291,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         Note { version: VERSION + 1, ..note() }.write(dir.path()).unwrap();
         let why = Note::read(dir.path()).unwrap_err();
-        assert!(why.contains("version 2"), "{why}");
+        assert!(why.contains("version 3"), "{why}");
         fs::write(dir.path().join(NOTE), "{").unwrap();
         assert!(Note::read(dir.path()).is_err());
+    }
+
+    #[test]
+    fn what_ran_before_this_host_was_restarted_is_gone_and_said_to_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = idle_agent(dir.path());
+        let [past, present] = [1, 2].map(|n| MigrationId([n; 16]));
+        for (id, boot) in [(past, "another"), (present, this_boot().as_str())] {
+            let store = Store::make(Store::place(&agent.config.state_dir, id), 0).unwrap();
+            note().decided().of_boot(boot).write(store.dir()).unwrap();
+            assert!(crate::engine::forsaken::holds(&agent, id), "what nobody has looked at may be there");
+        }
+        take_up(&agent);
+        assert!(!crate::engine::forsaken::holds(&agent, past));
+        assert!(!Store::place(&agent.config.state_dir, past).exists());
+        assert!(agent.desk.has(present));
     }
 }

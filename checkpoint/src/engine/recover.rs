@@ -29,6 +29,9 @@ pub fn fate(agent: &Agent, id: MigrationId) -> Fate {
         }
     };
     let of = |state: State| record.as_ref().is_some_and(|r| r.state == state);
+    if of(State::TakenBack) {
+        return Fate::TakenBack;
+    }
     // After a checkpoint peers go on waiting, for whoever restores it.
     if of(State::Finished) && record.as_ref().is_some_and(|r| r.kind != Kind::Checkpoint) {
         Fate::Finished
@@ -55,25 +58,26 @@ pub fn run(agent: &Arc<Agent>) {
         eprintln!("{}", chain(&e));
     }
     for record in records {
-        let work: fn(&Arc<Agent>, Record) = match record.state {
-            State::Started => undo,
+        let work: fn(&Arc<Agent>, Record, &Cancel) = match record.state {
+            State::Started => |agent, record, _| undo(agent, record),
             State::Committed => match record.kind {
                 Kind::Migration => finish,
-                Kind::Checkpoint => super::park::finish_parked,
+                Kind::Checkpoint => |agent, record, _| super::park::finish_parked(agent, record),
                 Kind::Restore => super::revived::go_on,
             },
-            State::Finished | State::Aborted => continue,
+            State::TakenBack if !record.told => super::take_back::tell_destination,
+            State::Finished | State::Aborted | State::TakenBack => continue,
         };
         let Some(id) = record.id() else { continue };
-        match lock(&agent.running).entry(id) {
+        let cancel = match lock(&agent.running).entry(id) {
             Entry::Occupied(_) => continue,
-            Entry::Vacant(free) => free.insert(Arc::default()),
+            Entry::Vacant(free) => free.insert(Arc::default()).clone(),
         };
         let worker = agent.clone();
         let spawned = thread::Builder::new().name("recover".into()).spawn(move || {
             // The record may have changed since it was read: whoever worked on it had not let go of it yet.
             match worker.records.read(id) {
-                Ok(Some(now)) if now.state == record.state => work(&worker, now),
+                Ok(Some(now)) if now.state == record.state => work(&worker, now, &cancel),
                 _ => {}
             }
             lock(&worker.running).remove(&id);
@@ -144,9 +148,9 @@ impl Progress for Log {
 }
 
 /// The container belongs to the destination: tells everybody who may not have heard.
-fn finish(agent: &Arc<Agent>, record: Record) {
+fn finish(agent: &Arc<Agent>, record: Record, cancel: &Cancel) {
     if let Some((id, forward)) = decided(&record) {
-        finish_in(&**agent, id, record, forward);
+        finish_in(&**agent, id, record, forward, cancel);
     }
 }
 
@@ -163,11 +167,11 @@ pub(super) fn decided(record: &Record) -> Option<(MigrationId, Forward)> {
 }
 
 /// Everything after the decision, in these surroundings.
-pub(super) fn finish_in(world: &dyn World, id: MigrationId, record: Record, forward: Forward) {
+pub(super) fn finish_in(world: &dyn World, id: MigrationId, record: Record, forward: Forward, cancel: &Cancel) {
     eprintln!("{id} of container {} was committed: finishing it", record.container);
     let request = MigrateRequest::plain(&record.container, &record.to);
-    let (cancel, log) = (Cancel::default(), Log(id));
-    let mut run = Run::new(world, id, &request, &cancel, &log);
+    let log = Log(id);
+    let mut run = Run::new(world, id, &request, cancel, &log);
     run.go_on(record, forward);
     if let Err(why) = run.forward_again() {
         eprintln!("{id}: {why}; it will be tried again");

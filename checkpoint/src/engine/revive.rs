@@ -6,12 +6,14 @@
 //! made, and connected to the peers' second QPs. It waits for its restore, which only makes the differences, and is
 //! dropped by command, with the source's session, or when its time is over.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::MigrationId;
 use rdma_virt::msg::Request;
+use rdma_virt::saved::ProcessState;
 use serde::{Deserialize, Serialize};
 
 use super::by_hand::{ByHand as Surroundings, Clerk};
@@ -27,7 +29,7 @@ use crate::agent::admin::Event;
 use crate::agent::metrics::{Operation, Outcome};
 use crate::agent::under_way::Role;
 use crate::agent::{Agent, LOCAL, chain, is_plain_name, lock};
-use crate::image::{self, HandOver, RdmaImage};
+use crate::image::{self, HandOver, RdmaImage, Secret};
 use crate::net::msg::{Answer, Fate, Lease, Offer, Order};
 use crate::phase::Phase;
 use crate::record::Kind;
@@ -69,18 +71,80 @@ impl Arrival {
 }
 
 /// An image that can be worked with.
-struct Found {
-    image: RdmaImage,
+pub(super) struct Found {
     id: MigrationId,
     /// As the container's shims know it.
     series: MigrationId,
-    /// Address of the agent of the host it came from.
-    origin: String,
+    /// Addresses of agents that learn where the container is: of the host it came from, and of others that looked for
+    /// it elsewhere.
+    origins: Vec<String>,
+    /// Of the host it was made on.
+    host: String,
+    generation: u64,
+    secret: Secret,
     whole: bool,
     /// Nobody waits for it.
     alone: bool,
+    /// The container was paused, and will be.
+    paused: bool,
     lease: Lease,
     plan: Plan,
+    states: Vec<ProcessState>,
+    hand_over: HandOver,
+}
+
+impl Found {
+    /// The image of a migration that had committed, which its source has kept: the record knows what the session of an
+    /// image on disk would say.
+    pub fn kept(
+        images: &Path,
+        id: MigrationId,
+        forward: Forward,
+        origins: Vec<String>,
+        host: &str,
+    ) -> Result<Found, String> {
+        let image = image::read(images).map_err(|e| format!("{}: {}", images.display(), chain(&e)))?;
+        // Without one nothing of RDMA was in use.
+        let states = image.map_or(Vec::new(), |i| i.processes.into_iter().map(|p| p.state).collect());
+        Found {
+            id,
+            series: id,
+            origins,
+            host: host.into(),
+            generation: 0,
+            secret: Secret([0; 32]),
+            whole: true,
+            alone: false,
+            paused: forward.container.is_some_and(|c| c.paused),
+            lease: forward.lease,
+            plan: forward.plan.bare(),
+            states,
+            hand_over: forward.hand_over,
+        }
+        .alone(images)
+    }
+
+    /// The same without whoever is connected to it.
+    fn alone(mut self, images: &Path) -> Result<Found, String> {
+        if self.hand_over == HandOver::Rebuild && !self.states.is_empty() {
+            let images = images.display();
+            return Err(format!("{images}: without its peers only what was made by an incubator can be restored"));
+        }
+        self.plan.sever(self.states.iter_mut());
+        // Whatever else was, or will be, made of this image is another matter.
+        (self.alone, self.id) = (true, MigrationId(super::forward::random()));
+        Ok(self)
+    }
+
+    /// Names of the files that hold its registered memory.
+    pub fn memory_files(&self) -> BTreeSet<String> {
+        self.states.iter().flat_map(|s| &s.memory).map(|m| m.file.clone()).collect()
+    }
+
+    /// Everything that speaks against it here.
+    pub fn problems(&self, agent: &Agent, request: &RestoreRequest) -> Vec<String> {
+        check::problems(agent, &offer(request, self), false)
+    }
 }
 
 fn look(agent: &Agent, request: &RestoreRequest) -> Result<Found, String> {
@@ -88,7 +152,7 @@ fn look(agent: &Agent, request: &RestoreRequest) -> Result<Found, String> {
     if !is_plain_name(&request.container) {
         return Err(format!("{:?} is no container id", request.container));
     }
-    let mut image = image::read(&request.images)
+    let mut image: RdmaImage = image::read(&request.images)
         .map_err(|e| format!("{images}: {}", chain(&e)))?
         .ok_or_else(|| format!("{images} holds no RDMA image ({} is missing)", image::FILE))?;
     let session = image.session.take().ok_or_else(|| {
@@ -99,27 +163,22 @@ fn look(agent: &Agent, request: &RestoreRequest) -> Result<Found, String> {
     plan = plan.bare();
     plan.relocate(|gid| agent.agent_of(gid));
     let (first, count) = session.lease;
-    let alone = session.left_running || request.disconnected;
-    let series = session.migration;
-    let mut id = series;
-    if alone {
-        if image.hand_over == HandOver::Rebuild {
-            return Err(format!("{images}: without its peers only what was made by an incubator can be restored"));
-        }
-        plan.sever(image.processes.iter_mut().map(|p| &mut p.state));
-        // Whatever else was, or will be, made of this image is another matter.
-        id = MigrationId(super::forward::random());
-    }
-    Ok(Found {
-        id,
-        series,
-        alone,
-        origin: session.source,
+    let found = Found {
+        id: session.migration,
+        series: session.migration,
+        origins: Some(session.source).filter(|at| !at.is_empty()).into_iter().collect(),
+        host: image.host,
+        generation: image.generation,
+        secret: image.secret,
         whole: session.whole,
+        alone: false,
+        paused: false,
         lease: Lease { first, count },
         plan,
-        image,
-    })
+        states: image.processes.into_iter().map(|p| p.state).collect(),
+        hand_over: image.hand_over,
+    };
+    if session.left_running || request.disconnected { found.alone(&request.images) } else { Ok(found) }
 }
 
 /// As the destination of a migration is asked.
@@ -127,15 +186,15 @@ fn offer(request: &RestoreRequest, found: &Found) -> Offer {
     Offer {
         container: request.container.clone(),
         bundle: request.bundle.clone(),
-        from: found.image.host.clone(),
+        from: found.host.clone(),
         from_port: 0,
         criu: 0,
         cpu_flags: Vec::new(),
-        processes: found.image.processes.iter().map(|p| offered(&p.state)).collect(),
+        processes: found.states.iter().map(offered).collect(),
         image_bytes: 0,
-        paused: false,
+        paused: found.paused,
         lease: found.lease,
-        hand_over: found.image.hand_over,
+        hand_over: found.hand_over,
         copy: None,
     }
 }
@@ -150,7 +209,7 @@ fn waiting(agent: &Agent, container: &str) -> Option<(MigrationId, Entry)> {
 /// Puts a container on the list of those that arrive, if nothing speaks against it.
 fn admit(agent: &Agent, request: &RestoreRequest, found: &Found, by_hand: ByHand, source: &str) -> Result<(), Stop> {
     let offer = offer(request, found);
-    let problems = check::problems(agent, &offer, false);
+    let problems = found.problems(agent, request);
     if !problems.is_empty() {
         return Err(Stop::Refused(problems));
     }
@@ -166,7 +225,7 @@ fn admit(agent: &Agent, request: &RestoreRequest, found: &Found, by_hand: ByHand
 }
 
 fn store(agent: &Agent, request: &RestoreRequest, found: &Found) -> Result<Store, Stop> {
-    let dir = agent.config.state_dir.join("incoming").join(found.id.to_string());
+    let dir = Store::place(&agent.config.state_dir, found.id);
     Store::given(request.images.clone(), dir).map_err(|e| Stop::Failed(chain(&e)))
 }
 
@@ -201,7 +260,8 @@ fn try_partial(
     }
     let until = Instant::now() + Duration::from_secs(agent.config.deadlines.session);
     let by_hand = ByHand::Partial { plan: found.plan.clone(), until };
-    admit(agent, request, &found, by_hand, &found.origin)?;
+    let origin = found.origins.first().map_or("", String::as_str);
+    admit(agent, request, &found, by_hand, origin)?;
     let asked = MigrateRequest::plain(name, LOCAL);
     let _seen = agent.under_way.begin(found.id, name, Role::Destination, "an image");
     let mut run = Run::new(&**agent, found.id, &asked, cancel, progress);
@@ -227,8 +287,8 @@ fn try_partial(
 /// What the image says, in the place of what processes say.
 fn take_over(run: &mut Run<'_>, found: &Found) {
     run.plan = found.plan.clone();
-    run.states = found.image.processes.iter().map(|p| p.state.clone()).collect();
-    run.hand_over = found.image.hand_over;
+    run.states.clone_from(&found.states);
+    run.hand_over = found.hand_over;
     run.lease = found.lease;
 }
 
@@ -292,36 +352,47 @@ pub fn restore(
     progress: &dyn Progress,
 ) {
     let end = match look(agent, request) {
-        Ok(found) => {
-            let id = found.id;
-            let free = match lock(&agent.running).entry(id) {
-                std::collections::hash_map::Entry::Vacant(free) => {
-                    free.insert(cancel.clone());
-                    true
-                }
-                std::collections::hash_map::Entry::Occupied(_) => false,
-            };
-            if free {
-                let seen = agent.under_way.begin(id, &request.container, Role::Destination, "an image");
-                if found.alone {
-                    agent.shims.known_as.insert(id, found.series);
-                    agent.forget_undone(&request.container);
-                }
-                let end = try_restore(agent, request, &found, cancel, clerk, progress);
-                drop(seen);
-                agent.shims.known_as.remove(id);
-                lock(&agent.running).remove(&id);
-                end
-            } else {
-                End::Refused(vec!["a checkpoint or restore of this image is under way on this host".into()])
-            }
-        }
+        Ok(found) => conduct(agent, request, &found, cancel, clerk, progress),
         Err(why) => End::Refused(vec![why]),
+    };
+    progress.event(end.into());
+}
+
+/// All of it but for how it ended, which whoever asked is still to be told.
+pub(super) fn conduct(
+    agent: &Arc<Agent>,
+    request: &RestoreRequest,
+    found: &Found,
+    cancel: &Arc<Cancel>,
+    clerk: &Arc<dyn Clerk>,
+    progress: &dyn Progress,
+) -> End {
+    let id = found.id;
+    let free = match lock(&agent.running).entry(id) {
+        std::collections::hash_map::Entry::Vacant(free) => {
+            free.insert(cancel.clone());
+            true
+        }
+        std::collections::hash_map::Entry::Occupied(_) => false,
+    };
+    let end = if free {
+        let seen = agent.under_way.begin(id, &request.container, Role::Destination, "an image");
+        if found.alone {
+            agent.shims.known_as.insert(id, found.series);
+            agent.forget_undone(&request.container);
+        }
+        let end = try_restore(agent, request, found, cancel, clerk, progress);
+        drop(seen);
+        agent.shims.known_as.remove(id);
+        lock(&agent.running).remove(&id);
+        end
+    } else {
+        End::Refused(vec!["a checkpoint or restore of this image is under way on this host".into()])
     };
     if let Some(outcome) = end.outcome() {
         agent.metrics.image(Operation::Restore, outcome);
     }
-    progress.event(end.into());
+    end
 }
 
 fn try_restore(
@@ -333,14 +404,13 @@ fn try_restore(
     progress: &dyn Progress,
 ) -> End {
     let mut world = Surroundings::new(agent, clerk.clone());
-    world.origin = (!found.origin.is_empty() && agent.client.normalise(&found.origin).is_ok())
-        .then(|| found.origin.clone())
-        .filter(|at| World::destination(&**agent, at).is_ok());
-    let (asked, origin) = (MigrateRequest::plain(&request.container, LOCAL), world.origin.clone());
+    let elsewhere = |at: &&String| agent.client.normalise(at).is_ok() && World::destination(&**agent, at).is_ok();
+    world.origins = found.origins.iter().filter(elsewhere).cloned().collect();
+    let (asked, origins) = (MigrateRequest::plain(&request.container, LOCAL), world.origins.clone());
     let mut run = Run::new(&world, found.id, &asked, cancel, progress);
     run.record.kind = Kind::Restore;
     take_over(&mut run, found);
-    let ended = run.read_image(agent, request, found, clerk, origin);
+    let ended = run.read_image(agent, request, found, clerk, origins);
     run.end(ended)
 }
 
@@ -351,15 +421,16 @@ impl Run<'_> {
         request: &RestoreRequest,
         found: &Found,
         clerk: &Arc<dyn Clerk>,
-        origin: Option<String>,
+        origins: Vec<String>,
     ) -> Result<(), Stop> {
         self.phase(Phase::Negotiate, |run| run.may_come(agent, request, found, clerk))?;
         self.phase(Phase::PreSetup, |run| {
             run.write_record()?;
-            run.make_with_those_left()
+            // Without RDMA in use there is nothing to make.
+            if run.states.is_empty() { Ok(()) } else { run.make_with_those_left() }
         })?;
         self.phase(Phase::Restore, Self::restore)?;
-        self.phase(Phase::Commit, |run| run.stay_here(found.series, origin))?;
+        self.phase(Phase::Commit, |run| run.stay_here(found.series, origins))?;
         self.phase(Phase::Switch, Self::switch)?;
         self.phase(Phase::Resume, Self::resume)?;
         self.phase(Phase::Finish, Self::finish)
@@ -444,7 +515,7 @@ impl Run<'_> {
     fn unpark(&mut self, found: &Found) -> Result<(), Stop> {
         let port = self.world.config().port();
         for (at, containers) in self.plan.peer_containers() {
-            let (generation, secret) = (found.image.generation, found.image.secret);
+            let (generation, secret) = (found.generation, found.secret);
             let order = Order::Unpark { containers, port, generation, secret };
             match self.world.call(&at, self.id, order, self.answer_time()) {
                 Ok(Answer::Done) => {}
@@ -458,14 +529,14 @@ impl Run<'_> {
     }
 
     /// The point of no return: from the record on the container is here.
-    fn stay_here(&mut self, series: MigrationId, origin: Option<String>) -> Result<(), Stop> {
+    fn stay_here(&mut self, series: MigrationId, origins: Vec<String>) -> Result<(), Stop> {
         let forward = Forward {
             plan: self.plan.clone(),
             states: self.states.clone(),
             lease: self.lease,
             hand_over: self.hand_over,
             container: None,
-            image: Some(FromImage { series, origin }),
+            image: Some(FromImage { series, origins }),
         };
         self.decide(&forward)?;
         self.tell_destination()?;

@@ -10,6 +10,7 @@
 //! | decided | any | open | the command has not heard of it | it hears it, and so on |
 //! | decided | decided | closed | the tasks run, or did | everybody is told |
 //! | decided | none | | nobody knows | given up |
+//! | decided | decided, of another boot | | the tasks ended with this host | given up |
 //!
 //! Undone means that the image can be restored again, as long as peers wait for it; given up, that it is used up.
 
@@ -21,13 +22,13 @@ use rdma_virt::id::MigrationId;
 use super::by_hand::ByHand as Surroundings;
 use super::dest::{self, State as Arrived};
 use super::forward::FromImage;
-use super::recover;
+use super::{Cancel, recover, take_back};
 use crate::agent::{Agent, chain, lock, procs};
 use crate::net::msg::Order;
 use crate::record::{Kind, Record, State};
 
 /// Deals with a restore that was decided.
-pub(super) fn go_on(agent: &Arc<Agent>, record: Record) {
+pub(super) fn go_on(agent: &Arc<Agent>, record: Record, cancel: &Cancel) {
     let Some(id) = record.id() else { return };
     if held_by_nobody(agent, id) {
         eprintln!("{id} of container {}: the command that held it has ended, and its tasks with it", record.container);
@@ -40,12 +41,19 @@ pub(super) fn go_on(agent: &Arc<Agent>, record: Record) {
     }
     let Some((id, forward)) = recover::decided(&record) else { return };
     let mut world = Surroundings::without_clerk(agent);
-    if let Some(FromImage { series, origin }) = &forward.image {
-        world.origin.clone_from(origin);
+    let series = forward.image.as_ref().map(|image| image.series);
+    if let Some(FromImage { series, origins }) = &forward.image {
+        world.origins.clone_from(origins);
         agent.shims.known_as.insert(id, *series);
     }
-    recover::finish_in(&world, id, record, forward);
+    recover::finish_in(&world, id, record, forward, cancel);
     agent.shims.known_as.remove(id);
+    let is_finished = |record: Record| record.state == State::Finished;
+    if let Some(series) = series
+        && agent.records.read(id).is_ok_and(|now| now.is_some_and(is_finished))
+    {
+        take_back::restored_later(agent, series, cancel);
+    }
 }
 
 /// Whether what was restored has ended before it was let go.
@@ -92,15 +100,16 @@ fn give_up(agent: &Arc<Agent>, mut record: Record) {
 mod tests {
     use super::*;
     use crate::agent::LOCAL;
-    use crate::engine::fixture::idle_agent;
+    use crate::engine::fixture::{idle_agent, offer};
     use crate::engine::forward::Forward;
     use crate::engine::plan::Plan;
     use crate::engine::prepared::{self, Note};
     use crate::image::HandOver;
-    use crate::net::msg::{Fate, Lease, Offer};
+    use crate::net::msg::{Fate, Lease};
     use std::path::{Path, PathBuf};
 
     const ID: MigrationId = MigrationId([3; 16]);
+    const SERIES: MigrationId = MigrationId([4; 16]);
 
     /// What an agent left that ended after the decision; the directory of its note.
     fn left_by_one(dir: &Path, stage: impl FnOnce(Note) -> Note) -> (Arc<Agent>, PathBuf) {
@@ -112,7 +121,7 @@ mod tests {
             lease,
             hand_over: HandOver::Adopt,
             container: None,
-            image: Some(FromImage { series: MigrationId([4; 16]), origin: None }),
+            image: Some(FromImage { series: SERIES, origins: Vec::new() }),
         };
         let mut record = Record::new(ID, "c", LOCAL);
         (record.kind, record.state) = (Kind::Restore, State::Committed);
@@ -120,20 +129,8 @@ mod tests {
         agent.records.write(&record).unwrap();
         let beside = agent.config.state_dir.join("incoming").join(ID.to_string());
         std::fs::create_dir_all(&beside).unwrap();
-        let offer = Offer {
-            container: "c".into(),
-            bundle: "/b".into(),
-            from: "src".into(),
-            from_port: 0,
-            criu: 0,
-            cpu_flags: Vec::new(),
-            processes: Vec::new(),
-            image_bytes: 0,
-            paused: false,
-            lease,
-            hand_over: HandOver::Adopt,
-            copy: None,
-        };
+        let mut offer = offer("c");
+        offer.lease = lease;
         let note = Note::new(LOCAL, &offer, i32::MAX, &[]).given(Some(&dir.join("final")));
         stage(note).write(&beside).unwrap();
         (idle_agent(dir), beside)
@@ -149,12 +146,44 @@ mod tests {
         let (agent, beside) = left_by_one(dir.path(), Note::decided);
         prepared::take_up(&agent);
         assert_eq!((agent.desk.bringing("c"), state(&agent)), (Some(ID), State::Committed));
-        go_on(&agent, agent.records.read(ID).unwrap().unwrap());
+        go_on(&agent, agent.records.read(ID).unwrap().unwrap(), &Cancel::default());
         let record = agent.records.read(ID).unwrap().unwrap();
         assert_eq!((record.state, record.resumed, record.why), (State::Finished, true, None));
         assert!(agent.desk.bringing("c").is_none() && !beside.exists());
         let page = agent.metrics_page();
         assert!(page.contains("operation=\"restore\",outcome=\"finished-later\"} 1"), "{page}");
+    }
+
+    #[test]
+    fn a_container_that_was_taken_back_has_come_back_when_the_next_agent_finishes_its_restore() {
+        let dir = tempfile::tempdir().unwrap();
+        let (agent, _) = left_by_one(dir.path(), Note::decided);
+        let mut taken_back = Record::new(SERIES, "c", "10.0.0.2:7477");
+        (taken_back.state, taken_back.plan) = (State::TakenBack, serde_json::json!({}));
+        agent.records.write(&taken_back).unwrap();
+        let image = agent.config.state_dir.join("outgoing").join(SERIES.to_string());
+        std::fs::create_dir_all(&image).unwrap();
+        // Nothing is known of it without its note.
+        let record = agent.records.read(ID).unwrap().unwrap();
+        go_on(&agent, record.clone(), &Cancel::default());
+        assert!(image.exists(), "one that was given up is tried again");
+        agent.records.write(&record).unwrap();
+        prepared::take_up(&agent);
+        go_on(&agent, record, &Cancel::default());
+        let now = agent.records.read(SERIES).unwrap().unwrap();
+        assert!(now.state == State::TakenBack && now.plan.is_null() && !image.exists(), "{now:?}");
+        assert!(lock(&agent.running).is_empty());
+    }
+
+    #[test]
+    fn what_ran_before_this_host_was_restarted_is_not_as_if_it_had_never_run() {
+        let dir = tempfile::tempdir().unwrap();
+        for (stage, after) in [(Note::decided as fn(Note) -> Note, State::Committed), (|note| note, State::Started)] {
+            let (agent, beside) = left_by_one(dir.path(), |note| stage(note).of_boot("another"));
+            prepared::take_up(&agent);
+            assert_eq!((agent.desk.bringing("c"), state(&agent)), (None, after));
+            assert!(!beside.exists());
+        }
     }
 
     #[test]
@@ -174,7 +203,7 @@ mod tests {
             let (agent, beside) = left_by_one(dir.path(), Note::decided);
             std::fs::remove_dir_all(beside).unwrap();
             prepared::take_up(&agent);
-            go_on(&agent, Record { resumed, ..agent.records.read(ID).unwrap().unwrap() });
+            go_on(&agent, Record { resumed, ..agent.records.read(ID).unwrap().unwrap() }, &Cancel::default());
             let record = agent.records.read(ID).unwrap().unwrap();
             assert_eq!((record.state, record.why.is_some()), (State::Finished, !resumed));
         }

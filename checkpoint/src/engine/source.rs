@@ -461,6 +461,11 @@ impl<'a> Run<'a> {
 
     /// An error if somebody wants to stop.
     pub(super) fn wanted(&self) -> Result<(), Stop> {
+        if self.cancel.is_given_up() {
+            return Err(Stop::Failed(
+                "an administrator takes the container back, because its destination is gone".into(),
+            ));
+        }
         match self.cancel.why() {
             Some(why) if !self.effects.committed => Err(Stop::Failed(why)),
             _ => Ok(()),

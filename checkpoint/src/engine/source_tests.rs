@@ -49,6 +49,8 @@ struct Truth {
     forgotten: bool,
     /// Somebody has connected to an unconnected QP; seen once.
     half_open: bool,
+    /// The destination says nothing any more.
+    silent: bool,
     /// The peer's process ends when it is asked for a second QP,
     mortal: bool,
     /// and has ended.
@@ -175,6 +177,9 @@ impl World for Fake {
             let (at, refusal) = (at.to_owned(), Refusal::Failed(why));
             CallError::Refused { at, order: name, refusal }
         };
+        if at == "dst" && self.truth.lock().unwrap().silent {
+            return Err(refused("it is silent".into()));
+        }
         let answered = self.script().step(&format!("{at}: {name}"), |t| {
             if let Order::Relay { request, .. } = &order {
                 t.peer_ended |= t.mortal && matches!(request, Request::Prepare { .. });
@@ -336,6 +341,7 @@ fn answer(t: &mut Truth, order: Order) -> Answer {
             t.running = true;
             Answer::Done
         }
+        Order::Holds => Answer::Has(t.running),
         Order::Adopt => {
             t.adopted = true;
             Answer::Adopted { keys: vec![(Vpid(7), KeyTable::default())] }
@@ -431,8 +437,8 @@ impl Host for Script {
         Err(HostError("not here".into()))
     }
     fn show_no_more(&self, _: &str) {}
-    fn remove_broken_off(&self, _: &str, _: &Path) -> crate::engine::host::Result<()> {
-        Ok(())
+    fn remove_restored(&self, _: &str, _: &Path) -> crate::engine::host::Result<bool> {
+        Ok(false)
     }
     fn incubate(&self, _: &str, _: &Path, _: &Path) -> crate::engine::host::Result<Box<dyn Nursery>> {
         Err(HostError("not here".into()))
@@ -538,6 +544,50 @@ fn a_connection_in_the_making_is_let_come_about_before_the_next_attempt() {
     let end = run(&fake, true, &Cancel::default());
     check(&fake, &end);
     assert!(matches!(end, End::Done(_)), "{end:?}");
+}
+
+/// Does something as a phase begins.
+struct At<F: Fn() + Sync>(Phase, F);
+
+impl<F: Fn() + Sync> Progress for At<F> {
+    fn event(&self, event: Event) {
+        if matches!(event, Event::Enter { phase } if phase == self.0) {
+            (self.1)();
+        }
+    }
+}
+
+#[test]
+fn a_committed_one_that_is_given_up_stops_where_it_is_and_its_image_and_record_stay() {
+    let (fake, cancel, request) = (Fake::new(None), Arc::new(Cancel::default()), request(true, None));
+    let silence = At(Phase::Commit, || fake.truth.lock().unwrap().silent = true);
+    let begun = std::time::Instant::now();
+    let end = thread::scope(|scope| {
+        scope.spawn(|| {
+            while fake.records.read(ID).unwrap().is_none_or(|r| r.state != State::Committed) {
+                thread::sleep(Duration::from_millis(10));
+            }
+            cancel.give_up();
+        });
+        Run::new(&fake, ID, &request, &cancel, &silence).run()
+    });
+    check(&fake, &end);
+    let End::Unfinished { phase: Phase::Commit, why } = &end else { panic!("{end:?}") };
+    assert!(why.contains("takes the container back"), "{why}");
+    assert!(begun.elapsed() < Duration::from_secs(fake.config.deadlines.forward), "it did not try to the last");
+    assert!(fake.config.state_dir.join("outgoing").join(ID.to_string()).join("images/core-1.img").exists());
+}
+
+#[test]
+fn a_destination_that_was_restarted_is_not_taken_for_one_that_has_finished() {
+    let (fake, cancel, request) = (Fake::new(None), Cancel::default(), request(true, None));
+    let restart = At(Phase::Finish, || fake.truth.lock().unwrap().running = false);
+    let end = Run::new(&fake, ID, &request, &cancel, &restart).run();
+    let End::Unfinished { phase: Phase::Finish, why } = &end else { panic!("{end:?}") };
+    assert!(why.contains("`migrrdma recover m`"), "{why}");
+    let record = fake.records.read(ID).unwrap().unwrap();
+    assert_eq!((record.state, record.resumed), (State::Committed, false));
+    assert!(fake.config.state_dir.join("outgoing").join(ID.to_string()).exists(), "the image is all there is");
 }
 
 /// A restore, as far as new objects are made and connected; where they are connected to, and what was said.

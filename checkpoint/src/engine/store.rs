@@ -9,6 +9,8 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rdma_virt::id::MigrationId;
+
 use crate::net::msg::{Order, PIECE, WholeFile};
 use crate::record::{RecordError, make_dir};
 
@@ -67,6 +69,11 @@ pub struct Store {
 }
 
 impl Store {
+    /// Where the image of this migration lies, if it arrives here.
+    pub fn place(state_dir: &Path, id: MigrationId) -> PathBuf {
+        state_dir.join("incoming").join(id.to_string())
+    }
+
     /// Makes `dir`, which must not exist.
     pub fn make(dir: PathBuf, expected: u64) -> Result<Self, StoreError> {
         let wrap = |path: &Path, source| StoreError::Write { path: path.into(), source };

@@ -21,7 +21,7 @@ use crate::image::{HandOver, Secret};
 use crate::likeness::Likeness;
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 8;
+pub const VERSION: u16 = 9;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -110,8 +110,6 @@ pub enum Order {
     // ---- the destination -------------------------------------------------------------------------------------------
     /// Could you take this container? With `dry_run` nothing is kept. → [`Answer::Offered`]
     Offer { offer: Box<Offer>, dry_run: bool },
-    /// Sysfs shall show the container these devices as it knew them. → [`Answer::Done`]
-    Show { devices: Vec<Likeness> },
     /// Make kernel objects equal to these, or bring those made before to this state. → [`Answer::Incubated`]
     Incubate { states: Vec<ProcessState> },
     /// Connect the new QPs. → [`Answer::Done`]
@@ -160,6 +158,19 @@ pub enum Order {
     Finish,
     /// Not committed and never will be: nothing of it may stay. → [`Answer::Done`], also for an unknown migration.
     Abandon,
+
+    // ---- later than the others: last, because images of registered memory on disk know those by their places in this
+    // ---- list. Of a destination that seems to be gone:
+    /// Of anybody: does that agent answer you? → [`Answer::Has`]
+    Reaches { at: String },
+    /// Of the destination: is anything of it still with you? → [`Answer::Has`]
+    Holds,
+    /// It had committed, and then its source was told that the destination is gone for good, and has the container
+    /// again: whatever of it is with you ends, and who waits for it waits no longer. → [`Answer::Done`], also for an
+    /// unknown migration
+    TakenBack { container: String },
+    /// Of the destination: sysfs shall show the container these devices as it knew them. → [`Answer::Done`]
+    Show { devices: Vec<Likeness> },
 }
 
 impl Order {
@@ -172,6 +183,8 @@ impl Order {
             Order::Moved(_) => "moved",
             Order::Has { .. } => "has",
             Order::Fate => "fate",
+            Order::Reaches { .. } => "reaches",
+            Order::TakenBack { .. } => "taken-back",
             Order::Find { .. } => "find",
             Order::Claim { .. } => "claim",
             Order::Relay { .. } => "relay",
@@ -193,6 +206,7 @@ impl Order {
             Order::Commit => "commit",
             Order::Adopt => "adopt",
             Order::Rebuild { .. } => "rebuild",
+            Order::Holds => "holds",
             Order::Finish => "finish",
             Order::Abandon => "abandon",
         }
@@ -285,6 +299,9 @@ pub enum Fate {
     Committed,
     /// Committed, and everybody has gone on since: there is nothing to hold any more.
     Finished,
+    /// Committed, and then given up by an administrator because the destination seemed to be gone: the source has the
+    /// container, and no other copy may live.
+    TakenBack,
     /// Or never heard of: a source that has no record has not committed.
     Aborted,
 }

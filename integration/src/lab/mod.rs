@@ -15,6 +15,7 @@ pub mod paths;
 pub mod qemu;
 pub mod qmp;
 pub mod snapshot;
+pub mod standstill;
 pub mod topology;
 pub mod wire;
 

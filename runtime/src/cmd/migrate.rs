@@ -58,9 +58,11 @@ pub fn run(args: &MigrateArgs) -> Result<i32> {
                 bail!("failed in {phase} and undone, container {} runs here as before: {why}{left}", args.id)
             }
             Event::Unfinished { phase, why } => bail!(
-                "container {} belongs to {} now, but {phase} could not be finished: {why}; see `migrrdma status` there",
+                "container {} belongs to {} now, but {phase} could not be finished: {why}; see `migrrdma status` \
+                 there; {}",
                 args.id,
-                args.to
+                args.to,
+                checkpoint::engine::take_back::hint(&args.id)
             ),
             Event::Error { text } => bail!("{text}"),
             _ => {}

@@ -15,6 +15,7 @@ mod migrate;
 mod pause;
 mod pki;
 mod ps;
+mod recover;
 mod restore;
 mod run;
 mod spec;
@@ -56,6 +57,7 @@ pub fn run(verb: Verb, global: &Global) -> Result<i32> {
         Verb::Agent(args) => agent::run(&args, global),
         Verb::Migrate(args) => migrate::run(&args),
         Verb::Pki(verb) => pki::run(&verb),
+        Verb::Recover(args) => recover::run(&args, global),
         Verb::Status(args) => status::run(&args),
         Verb::Monitor => monitor::main().map(|()| 0),
     }

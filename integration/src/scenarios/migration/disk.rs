@@ -62,14 +62,15 @@ fn command(node: &Node, argv: &[&str]) -> Result<Output> {
     node.run(Exec { argv, timeout_ms: Some(180_000), ..Exec::default() })
 }
 
-fn succeeds(node: &Node, argv: &[&str]) -> Result<()> {
+/// It ends with status 0.
+pub fn succeeds(node: &Node, argv: &[&str]) -> Result<()> {
     let out = command(node, argv)?;
     ensure!(out.success(), "{} on {}: {}{}", argv.join(" "), node.name(), out.text(), out.errors());
     Ok(())
 }
 
 /// It ends with another status than 0, and one line names all of `words`.
-fn refused(node: &Node, argv: &[&str], words: &[&str]) -> Result<()> {
+pub fn refused(node: &Node, argv: &[&str], words: &[&str]) -> Result<()> {
     let out = command(node, argv)?;
     let said = out.errors();
     ensure!(!out.success(), "{} on {} ended with status 0: {said}", argv.join(" "), node.name());

@@ -24,6 +24,7 @@ mod rebuild;
 pub mod settled;
 pub mod stage;
 mod surroundings;
+mod taken_back;
 mod tmpfs;
 mod undone;
 
@@ -48,4 +49,5 @@ pub const GROUPS: &[&[Scenario]] = &[
     lines::CLAIMS,
     copies::CLAIMS,
     disk::CLAIMS,
+    taken_back::CLAIMS,
 ];

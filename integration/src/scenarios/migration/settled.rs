@@ -54,7 +54,7 @@ pub fn settled(stage: &Stage<'_>, name: &str) -> Result<&'static str> {
 }
 
 /// Whether an agent's status names a migration that is not over.
-fn takes_part(status: &str) -> bool {
+pub fn takes_part(status: &str) -> bool {
     let Ok(status) = serde_json::from_str::<serde_json::Value>(status) else { return true };
     status["migrations"].as_array().is_none_or(|list| !list.iter().all(|m| m["over"] == true))
 }
