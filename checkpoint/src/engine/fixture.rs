@@ -94,6 +94,14 @@ pub fn offer(container: &str) -> Offer {
     }
 }
 
+const REMOVED: &str = ".removed";
+
+/// Containers that such an agent has had its host remove.
+pub fn removed(agent: &Agent) -> Vec<String> {
+    let names = std::fs::read_dir(&agent.config.state_dir).unwrap().map(|e| e.unwrap().file_name());
+    names.filter_map(|name| Some(name.to_str()?.strip_suffix(REMOVED)?.to_owned())).collect()
+}
+
 /// A host on which any container that is asked for exists, and nothing happens.
 #[derive(Debug)]
 pub struct IdleHost;
@@ -154,8 +162,13 @@ impl Host for IdleHost {
         never()
     }
     fn show_no_more(&self, _: &str) {}
-    /// Every image that is there has its container.
-    fn remove_restored(&self, _: &str, images: &Path) -> Result<bool> {
+    /// Every image that is there has its container. Their names are kept beside the agent's directories of images.
+    fn remove_restored(&self, id: &str, images: &Path) -> Result<bool> {
+        if images.is_dir()
+            && let Some(state) = images.ancestors().nth(3)
+        {
+            std::fs::write(state.join(format!("{id}{REMOVED}")), "").unwrap();
+        }
         Ok(images.is_dir())
     }
     fn incubate(&self, _: &str, _: &Path, _: &Path) -> Result<Box<dyn Nursery>> {

@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use super::dest::{Arrival, Entry, State};
 use super::host::{Held, HostError};
 use super::revive::ByHand;
-use super::store::Store;
+use super::store::{self, Store};
 use crate::agent::{Agent, chain, is_plain_name, lock};
 use crate::image::HandOver;
 use crate::net::msg::Offer;
@@ -178,6 +178,10 @@ pub fn take_up(agent: &Agent) {
     let dir = agent.config.state_dir.join("incoming");
     for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
         let path = entry.path();
+        if store::is_over(&path) {
+            super::dest::remove_dir(path);
+            continue;
+        }
         let id = entry.file_name().to_str().and_then(|name| name.parse::<MigrationId>().ok());
         let note = match Note::read(&path) {
             Ok(note) => note,
@@ -259,7 +263,7 @@ fn go_on(agent: &Agent, id: MigrationId, dir: &Path, note: Note, held: Option<Bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::fixture::{idle_agent, offer};
+    use crate::engine::fixture::{idle_agent, offer, removed};
     use rdma_virt::id::{PRkey, VRkey};
 
     fn note() -> Note {
@@ -294,6 +298,27 @@ mod tests {
         assert!(why.contains("version 3"), "{why}");
         fs::write(dir.path().join(NOTE), "{").unwrap();
         assert!(Note::read(dir.path()).is_err());
+    }
+
+    #[test]
+    fn a_container_outlives_an_agent_that_ends_while_it_removes_the_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = idle_agent(dir.path());
+        let arrive = |n| {
+            let store = Store::make(Store::place(&agent.config.state_dir, MigrationId([n; 16])), 0).unwrap();
+            begins(store.dir(), "c").unwrap();
+            note().decided().write(store.dir()).unwrap();
+            store.dir().to_owned()
+        };
+        let over = store::set_aside(&arrive(1)).unwrap();
+        fs::remove_file(over.join(NOTE)).unwrap();
+        take_up(&agent);
+        assert!(!over.exists());
+        assert_eq!(removed(&agent), Vec::<String>::new());
+        // As it looked before it was set aside first.
+        fs::remove_file(arrive(2).join(NOTE)).unwrap();
+        take_up(&agent);
+        assert_eq!(removed(&agent), ["c"], "that is what a restore leaves which broke off");
     }
 
     #[test]

@@ -218,8 +218,26 @@ impl Store {
 
     /// Removes everything that arrived.
     pub fn remove(self) -> Result<(), StoreError> {
-        fs::remove_dir_all(&self.dir).map_err(|source| StoreError::Write { path: self.dir, source })
+        let wrap = |source| StoreError::Write { path: self.dir.clone(), source };
+        let over = set_aside(&self.dir).map_err(wrap)?;
+        fs::remove_dir_all(over).map_err(wrap)
     }
+}
+
+/// Ending of the name of a directory that is being removed.
+const OVER: &str = "over";
+
+/// Takes a directory out of sight in one step: half of one would tell the next agent another story, such as that of a
+/// restore that broke off and whose container has to go.
+pub(super) fn set_aside(dir: &Path) -> std::io::Result<PathBuf> {
+    let over = dir.with_extension(OVER);
+    fs::rename(dir, &over)?;
+    Ok(over)
+}
+
+/// Whether this directory was being removed when the agent before this one ended.
+pub(super) fn is_over(dir: &Path) -> bool {
+    dir.extension().is_some_and(|ending| ending == OVER)
 }
 
 #[cfg(test)]
