@@ -6,7 +6,7 @@
 //! it under their own names. Where such a directory is mounted is the runtime's business.
 
 use std::collections::BTreeSet;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::symlink;
 use std::path::{Component, Path, PathBuf};
@@ -257,7 +257,7 @@ fn fill(dir: &Path, files: &[(PathBuf, String)]) -> io::Result<()> {
     for (path, text) in files {
         let path = dir.join(path);
         if let Some(parent) = path.parent() {
-            DirBuilder::new().recursive(true).create(parent)?;
+            fs::create_dir_all(parent)?;
         }
         fs::write(path, text)?;
     }
@@ -269,7 +269,7 @@ fn tables(dir: &Path, device: &Likeness) -> io::Result<()> {
     const EMPTY: &str = "0000:0000:0000:0000:0000:0000:0000:0000\n";
     for (port, entries) in &device.tables {
         let gids = dir.join(format!("ports/{port}/gids"));
-        DirBuilder::new().recursive(true).create(&gids)?;
+        fs::create_dir_all(&gids)?;
         let mut first: Option<PathBuf> = None;
         for path in (0..*entries).map(|n| gids.join(n.to_string())) {
             match &first {
@@ -297,7 +297,7 @@ fn stand_in(class: &Path, device: &Likeness) -> Option<PathBuf> {
 fn lead(place: &Path, dir: &Path, path: &Path) -> io::Result<()> {
     let (Ok(target), link) = (fs::canonicalize(place.join(path)), dir.join(path)) else { return Ok(()) };
     if let Some(parent) = link.parent() {
-        DirBuilder::new().recursive(true).create(parent)?;
+        fs::create_dir_all(parent)?;
     }
     symlink(target, link)
 }

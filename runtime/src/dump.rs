@@ -155,6 +155,8 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
         false => tmpfs::ours(&spec, &handle.sidecar.rootfs, pid)?,
     };
     opts.ext_mnt.extend(tmpfs.iter().map(|tmpfs| criu_plan::mount_entry(&tmpfs.at, &tmpfs.image)));
+    let shown = shown::mounted(pid)?;
+    opts.ext_mnt.extend(shown.iter().map(|point| criu_plan::mount_entry(point, point)));
     let facts = ImageFacts {
         version: FACTS_VERSION,
         id: handle.id().to_owned(),
@@ -162,7 +164,7 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
         outside,
         sizes: BTreeMap::new(),
         tmpfs,
-        shown: shown::mounted(pid)?,
+        shown,
         seal: Seal::new(),
     };
     if !options.pre_dump && !facts.shown.is_empty() {
@@ -325,9 +327,6 @@ fn request(
     opts.external.extend(handed::externals(&handle.cgroup()?.pids()?));
     for mount in criu_plan::external_mounts(spec, root)? {
         opts.ext_mnt.push(criu_plan::mount_entry(&mount.destination, &mount.destination));
-    }
-    for point in shown::mounted(pid)? {
-        opts.ext_mnt.push(criu_plan::mount_entry(&point, &point));
     }
     for path in masked_files(spec, pid) {
         opts.ext_mnt.push(criu_plan::mount_entry(&path, MASK));

@@ -94,9 +94,7 @@ pub fn tidy(root: &Path, host: &HostPaths) -> Result<()> {
 /// Puts the directories of `dir` over the kernel's, in the mount namespace of `init`, whose tasks stand still. A
 /// container without sysfs has nothing to be shown.
 pub fn mount_into(init: i32, dir: &Path) -> Result<()> {
-    let trees = CLASSES.map(|class| detached(&dir.join(class)));
-    let [rdma, verbs] = trees;
-    let trees = [rdma?, verbs?];
+    let trees = CLASSES.iter().map(|class| detached(&dir.join(class))).collect::<Result<Vec<_>>>()?;
     let namespace =
         File::open(format!("/proc/{init}/ns/mnt")).context("cannot open the container's mount namespace")?;
     // The thread ends there; nobody else sees the other namespace.
