@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::image::Image;
-use super::topology::{HUB, NODES, NodeSpec};
+use super::topology::{HUB, LAN_IF, NETS, NODES, NodeSpec, RDMA_IF};
 use super::wire::GUEST_PORT;
 
 /// Memory of one node in MiB.
@@ -159,7 +159,7 @@ pub fn hardware(node: &NodeSpec, accel: Accel) -> Vec<String> {
     device("virtio-rng-pci".into());
     device("virtio-blk-pci,drive=disk".into());
     device(format!("virtio-net-pci,netdev=ctl,mac={}", node.mac(0)));
-    for (number, net) in [(1, "rdma"), (2, "lan")] {
+    for (number, net) in [(1, RDMA_IF), (2, LAN_IF)] {
         device(format!("virtio-net-pci,netdev={net},mac={},rx_queue_size=1024", node.mac(number)));
     }
     out
@@ -194,8 +194,9 @@ pub fn launch(l: &Launch) -> Result<Machine> {
         .arg(format!("if=none,id=disk,format=qcow2,cache=unsafe,discard=unmap,file={}", l.disk.display()))
         .arg("-netdev")
         .arg(format!("user,id=ctl,restrict=on,ipv6=off,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{GUEST_PORT}"));
-    link_arguments(&mut cmd, l, "rdma")?;
-    link_arguments(&mut cmd, l, "lan")?;
+    for net in NETS {
+        link_arguments(&mut cmd, l, net)?;
+    }
     cmd.arg("-kernel").arg(&l.image.kernel).arg("-initrd").arg(&l.image.initrd);
     cmd.args(["-append", &kernel_line(l.node)]);
     if let Some(state) = l.incoming {
@@ -232,7 +233,7 @@ fn link_arguments(cmd: &mut Command, l: &Launch, net: &str) -> Result<()> {
         ));
         return Ok(());
     }
-    let hub = if net == "rdma" { 1 } else { 2 };
+    let hub = if net == RDMA_IF { 1 } else { 2 };
     cmd.arg("-netdev").arg(format!("hubport,id={net},hubid={hub}"));
     for other in NODES.iter().filter(|n| n.name != HUB) {
         let path = socket(other.name);
@@ -253,7 +254,7 @@ fn free_port() -> Result<u16> {
 /// Waits until the hub node has opened the sockets the others connect to.
 pub fn wait_for_links(sockets: &Path, wait: Duration) -> Result<()> {
     let deadline = Instant::now() + wait;
-    for net in ["rdma", "lan"] {
+    for net in NETS {
         for other in NODES.iter().filter(|n| n.name != HUB) {
             let path = sockets.join(format!("{net}-{}.link", other.name));
             while !path.exists() {

@@ -1,15 +1,18 @@
 //! A machine that stands still: for all others it has died, until it goes on from the very instruction it stood at.
+//!
+//! Its links are pulled meanwhile. A machine that stands takes nothing off them, and the hub would wait for it with
+//! everybody else's packets once their sockets are full.
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
 use super::Lab;
 use super::node::Node;
 use super::qmp::Qmp;
 use super::snapshot;
-use super::topology::NodeSpec;
+use super::topology::{HUB, NETS, NodeSpec};
 
 /// For a machine that goes on to answer again.
 const BACK: Duration = Duration::from_secs(60);
@@ -20,21 +23,34 @@ pub struct Standstill {
     lab: Lab,
     node: Node,
     monitor: Qmp,
+    hub: Qmp,
     still: bool,
 }
 
 impl Standstill {
     /// Connects, so that the machine stands the moment it is told to.
     pub fn of(spec: &'static NodeSpec) -> Result<Self> {
+        ensure!(spec.name != HUB, "{HUB} carries everybody's packets and cannot stand still");
         let lab = Lab::attach()?;
-        let monitor = Qmp::connect(&lab.machine(spec)?.monitor, Duration::from_secs(10))?;
-        Ok(Self { node: lab.node(spec.name)?, lab, monitor, still: false })
+        let connect = |spec| Qmp::connect(&lab.machine(spec)?.monitor, Duration::from_secs(10));
+        let (monitor, hub) = (connect(spec)?, connect(NodeSpec::by_name(HUB)?)?);
+        Ok(Self { node: lab.node(spec.name)?, lab, monitor, hub, still: false })
     }
 
     /// From now on nothing of it moves. Nobody may ask it for anything.
     pub fn begin(&mut self) -> Result<()> {
-        self.monitor.command("stop", json!({})).with_context(|| format!("stop {}", self.node.name()))?;
         self.still = true;
+        self.links(false)?;
+        self.monitor.command("stop", json!({})).with_context(|| format!("stop {}", self.node.name()))?;
+        Ok(())
+    }
+
+    /// The hub's ends of its links.
+    fn links(&mut self, up: bool) -> Result<()> {
+        for net in NETS {
+            let name = format!("{net}-{}", self.node.name());
+            self.hub.command("set_link", json!({"name": name, "up": up})).with_context(|| format!("link {name}"))?;
+        }
         Ok(())
     }
 
@@ -47,6 +63,7 @@ impl Standstill {
 
     fn go_on(&mut self) -> Result<()> {
         self.monitor.command("cont", json!({})).with_context(|| format!("continue {}", self.node.name()))?;
+        self.links(true)?;
         self.still = false;
         Ok(())
     }

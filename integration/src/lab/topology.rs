@@ -34,6 +34,9 @@ pub const HUB: &str = "peer";
 pub const RDMA_IF: &str = "rdma";
 /// Uplink of the containers' network inside every node.
 pub const LAN_IF: &str = "lan";
+
+/// The networks that join the nodes through the hub.
+pub const NETS: [&str; 2] = [RDMA_IF, LAN_IF];
 /// Bridge that joins the uplink and the containers' interfaces.
 pub const LAN_BRIDGE: &str = "br-lan";
 /// MTU of the RDMA network in bytes; gives rxe an active MTU of 4096.
