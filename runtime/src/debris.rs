@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
 
+use crate::mountinfo::Mounts;
 use crate::procfs;
 
 const CGROUPS: &[u8] = b".criu.cgyard.";
@@ -26,26 +27,22 @@ pub fn sweep_if_idle(dir: &Path) {
 /// Takes down what lies in `dir`, or below it: the caller knows that its CRIU is no more. And what no CRIU that runs can be
 /// using. Best effort: what stays is in nobody's way.
 pub fn sweep(dir: &Path) {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    // In the order they were made; one with blanks in its name is not CRIU's.
+    let points: Vec<PathBuf> = Mounts::own().iter().map(|mount| PathBuf::from(mount.at)).collect();
     let namespaces = |path: &PathBuf| path.as_os_str().as_bytes().starts_with(NAMESPACES.as_bytes());
-    let idle = !points(&mounts).any(|path| namespaces(&path)) || becomes_idle();
+    let idle = !points.iter().any(namespaces) || becomes_idle();
     let wanted = |path: &PathBuf| {
         let cgroups = path.starts_with(dir) && path.components().any(|c| c.as_os_str().as_bytes().starts_with(CGROUPS));
         cgroups || idle && namespaces(path)
     };
-    let found: Vec<PathBuf> = points(&mounts).filter(wanted).collect();
+    let found: Vec<&PathBuf> = points.iter().filter(|path| wanted(path)).collect();
     // The innermost first.
     for point in found.iter().rev() {
-        let _ = umount2(point, MntFlags::MNT_DETACH);
+        let _ = umount2(point.as_path(), MntFlags::MNT_DETACH);
     }
     for point in found.iter().rev() {
         let _ = fs::remove_dir(point);
     }
-}
-
-/// Mount points in the order they were made; those with blanks in their names are not CRIU's.
-fn points(mountinfo: &str) -> impl Iterator<Item = PathBuf> + '_ {
-    mountinfo.lines().filter_map(|line| Some(PathBuf::from(line.split(' ').nth(4)?)))
 }
 
 /// The children of one that was killed are on their way out.
@@ -67,17 +64,4 @@ fn criu_runs() -> bool {
     let lives = |pid: i32| procfs::stat(pid).is_some_and(|stat| !stat.gone);
     let pid = |entry: fs::DirEntry| entry.file_name().to_str()?.parse::<i32>().ok();
     fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(pid).any(|pid| is_criu(pid) && lives(pid))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mount_points_are_read_in_order() {
-        let text =
-            "21 1 254:0 / / rw - ext4 /dev/vda rw\n90 21 0:42 / /x/work/.criu.cgyard.a1/unified rw - cgroup2 none rw\n";
-        let found: Vec<PathBuf> = points(text).collect();
-        assert_eq!(found, [PathBuf::from("/"), PathBuf::from("/x/work/.criu.cgyard.a1/unified")]);
-    }
 }

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::criu_plan::{self, Common, Directories, MASK};
 use crate::gate::Gate;
 use crate::inject::HostPaths;
+use crate::mountinfo::Mounts;
 use crate::seal::{self, Seal};
 use crate::store::{self, ContainerHandle};
 use crate::tmpfs::{self, Tmpfs};
@@ -150,12 +151,13 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
     let mut opts = request(&handle, &spec, pid, options, &dirs)?;
     let files = outside.iter().map(|(key, _)| key).filter(|key| key.starts_with("file["));
     opts.external.extend(files.cloned());
+    let mounts = Mounts::of(pid)?;
     let tmpfs = match options.pre_dump {
         true => Vec::new(),
-        false => tmpfs::ours(&spec, &handle.sidecar.rootfs, pid)?,
+        false => tmpfs::ours(&spec, &handle.sidecar.rootfs, pid, &mounts)?,
     };
     opts.ext_mnt.extend(tmpfs.iter().map(|tmpfs| criu_plan::mount_entry(&tmpfs.at, &tmpfs.image)));
-    let shown = shown::mounted(pid)?;
+    let shown = shown::mounted(&mounts);
     opts.ext_mnt.extend(shown.iter().map(|point| criu_plan::mount_entry(point, point)));
     let facts = ImageFacts {
         version: FACTS_VERSION,

@@ -5,17 +5,16 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use crate::mountinfo::Mounts;
+
 /// Names in CRIU's form of all character devices that these processes hold through a mount they do not have.
 pub fn externals(pids: &[i32]) -> BTreeSet<String> {
     pids.iter().flat_map(|pid| of_process(*pid)).collect()
 }
 
 fn of_process(pid: i32) -> Vec<String> {
-    let mounts: BTreeSet<u64> = fs::read_to_string(format!("/proc/{pid}/mountinfo"))
-        .unwrap_or_default()
-        .lines()
-        .filter_map(|line| line.split(' ').next()?.parse().ok())
-        .collect();
+    let mounts: BTreeSet<u64> =
+        Mounts::of(pid).map(|mounts| mounts.iter().map(|mount| mount.id).collect()).unwrap_or_default();
     let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
     files
         .flatten()

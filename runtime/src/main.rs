@@ -32,6 +32,7 @@ mod localise;
 mod memory;
 mod migration_host;
 mod monitor;
+mod mountinfo;
 mod mountpoints;
 mod nodes;
 mod procfs;

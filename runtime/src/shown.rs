@@ -27,6 +27,7 @@ use nix::sys::stat::Mode;
 use nix::sys::statfs::{SYSFS_MAGIC, fstatfs};
 
 use crate::inject::HostPaths;
+use crate::mountinfo::Mounts;
 
 /// Of this host.
 const CLASS: &str = "/sys/class";
@@ -36,12 +37,9 @@ pub fn points() -> [String; 2] {
     CLASSES.map(|class| format!("{CLASS}/{class}"))
 }
 
-/// Those of them that are mounts in the container of this process.
-pub fn mounted(pid: i32) -> Result<Vec<String>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).context("cannot read the container's mounts")?;
-    let at = |line: &str| line.split(' ').nth(4).map(str::to_owned);
-    let there: Vec<String> = text.lines().filter_map(at).collect();
-    Ok(points().into_iter().filter(|point| there.contains(point)).collect())
+/// Those of them that are mounts in a container.
+pub fn mounted(mounts: &Mounts) -> Vec<String> {
+    points().into_iter().filter(|point| mounts.iter().any(|mount| mount.at == point)).collect()
 }
 
 /// What a container has been shown since it came to this host.
@@ -215,7 +213,7 @@ mod tests {
             thread::sleep(std::time::Duration::from_millis(10));
         }
         let done = mount_into(pid, &root.path().join("x"));
-        let there = mounted(pid);
+        let there = Mounts::of(pid).map(|mounts| mounted(&mounts));
         let seen = fs::read_to_string(format!("/proc/{pid}/root{}/rxe7/node_guid", points[0]));
         let _ = other.kill();
         let _ = other.wait();
@@ -223,6 +221,6 @@ mod tests {
         let expected: Vec<String> = points.into_iter().filter(|p| Path::new(p).is_dir()).collect();
         assert_eq!(there.unwrap(), expected);
         assert_eq!(seen.is_ok(), !expected.is_empty());
-        assert_eq!(mounted(std::process::id() as i32).unwrap(), Vec::<String>::new());
+        assert_eq!(mounted(&Mounts::own()), Vec::<String>::new());
     }
 }

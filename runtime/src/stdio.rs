@@ -12,6 +12,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
+use crate::mountinfo::Mounts;
 use crate::procfs;
 use crate::store;
 
@@ -48,9 +49,8 @@ fn outside_file(pid: i32, n: i32) -> Option<String> {
         return None;
     }
     let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{n}")).ok()?;
-    let mount: u32 = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()?;
-    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
-    let own = mounts.lines().any(|line| line.split(' ').next() == Some(mount.to_string().as_str()));
+    let mount: u64 = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()?;
+    let own = Mounts::of(pid).ok()?.iter().any(|own| own.id == mount);
     (!own).then(|| format!("file[{mount:x}:{:x}]", meta.ino()))
 }
 

@@ -21,6 +21,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
 
 use crate::criu_plan;
+use crate::mountinfo::{Mount, Mounts};
 use crate::rootfs;
 
 /// Below a container's state directory: where they are mounted until CRIU has them.
@@ -46,15 +47,14 @@ pub struct Tmpfs {
 
 /// Those of a container that are not left to CRIU. What decides is how things are now: tasks that run on may still change
 /// what lies in them, but hardly where they are.
-pub fn ours(spec: &Spec, root: &Path, pid: i32) -> Result<Vec<Tmpfs>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).context("cannot read the container's mounts")?;
+pub fn ours(spec: &Spec, root: &Path, pid: i32, mounts: &Mounts) -> Result<Vec<Tmpfs>> {
     let simple = |(at, _): &(String, String)| {
         // One that cannot be listed is not ours to judge.
         list_one(&below(pid, at)).is_ok_and(|listing| listing.bytes() <= listing.held + HOLES)
     };
     let named =
         |(n, (at, options)): (usize, (String, String))| Tmpfs { at, options, image: format!("in-tmpfs-{n}.img") };
-    Ok(plain(&text, &wanted(spec, root)?).into_iter().filter(simple).enumerate().map(named).collect())
+    Ok(plain(mounts, &wanted(spec, root)?).into_iter().filter(simple).enumerate().map(named).collect())
 }
 
 /// Writes what lies in them, with the tasks standing still.
@@ -93,36 +93,18 @@ fn wanted(spec: &Spec, root: &Path) -> Result<BTreeSet<String>> {
 
 /// Mount point and options of every tmpfs at one of these places that is all of its file system, mounted once, with
 /// nothing mounted over it.
-fn plain(mountinfo: &str, wanted: &BTreeSet<String>) -> Vec<(String, String)> {
-    let all: Vec<Mount<'_>> = mountinfo.lines().filter_map(Mount::parse).collect();
+fn plain(mounts: &Mounts, wanted: &BTreeSet<String>) -> Vec<(String, String)> {
+    let all: Vec<Mount<'_>> = mounts.iter().collect();
     let once = |mount: &Mount<'_>| all.iter().filter(|m| m.dev == mount.dev || m.at == mount.at).count() == 1;
     let ours = |mount: &&Mount<'_>| {
         mount.kind == "tmpfs"
             && mount.root == "/"
+            // Blanks in names are escaped there, and no name of ours has one.
             && wanted.contains(mount.at)
             && !mount.options.contains("context=")
             && once(mount)
     };
     all.iter().filter(ours).map(|m| (m.at.to_owned(), m.options.to_owned())).collect()
-}
-
-/// A line of mountinfo. Blanks in names are escaped there, and no name of ours has one.
-struct Mount<'a> {
-    dev: &'a str,
-    root: &'a str,
-    at: &'a str,
-    kind: &'a str,
-    options: &'a str,
-}
-
-impl<'a> Mount<'a> {
-    fn parse(line: &'a str) -> Option<Self> {
-        let (left, right) = line.split_once(" - ")?;
-        let mut left = left.split(' ').skip(2);
-        let mut right = right.split(' ');
-        let (dev, root, at) = (left.next()?, left.next()?, left.next()?);
-        Some(Mount { dev, root, at, kind: right.next()?, options: right.nth(1)? })
-    }
 }
 
 /// New ones with the content an image has, mounted until this is dropped: CRIU mounts them once more for the container.
@@ -220,9 +202,10 @@ mod tests {
     fn what_is_mounted_twice_or_otherwise_special_is_left_to_criu() {
         let wanted = ["/dev", "/dev/shm", "/cache", "/part", "/over", "/labelled", "/sys/firmware", "/data", "/gone"];
         let wanted = wanted.iter().map(|at| (*at).to_owned()).collect();
-        let found: Vec<String> = plain(TEXT, &wanted).into_iter().map(|(at, _)| at).collect();
-        assert_eq!(found, ["/dev", "/dev/shm", "/sys/firmware"]);
-        assert_eq!(plain(TEXT, &wanted)[0].1, "rw,size=65536k,mode=755,inode64");
+        let found = plain(&Mounts::from_text(TEXT), &wanted);
+        let places: Vec<&str> = found.iter().map(|(at, _)| at.as_str()).collect();
+        assert_eq!(places, ["/dev", "/dev/shm", "/sys/firmware"]);
+        assert_eq!(found[0].1, "rw,size=65536k,mode=755,inode64");
     }
 
     #[test]
