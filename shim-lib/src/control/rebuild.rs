@@ -95,17 +95,30 @@ pub fn rebuild(migration: &mut Migration, asked: &RebuildProcess) -> Result<Repl
     }
     unread::arrive(&contexts, drained);
 
-    let mrs = contexts.iter().flat_map(|c| c.mrs()).filter(|m| !m.is_dead());
-    let keys = KeyTable(mrs.filter_map(|m| adopt::key(&m)).collect());
+    let (qps, keys) = numbers(&contexts);
     migration.adopted = Some(keys.clone());
+    Ok(Reply::Rebuilt { qps, keys })
+}
+
+/// What has been made, of a process that went on with it.
+pub fn made() -> Reply {
+    let (qps, keys) = numbers(&registry::contexts());
+    Reply::Rebuilt { qps, keys }
+}
+
+/// What QPs are called now, and changed keys.
+fn numbers(contexts: &[Arc<ShadowContext>]) -> (Vec<RebuiltQp>, KeyTable) {
+    let contexts = || contexts.iter().filter(|c| !c.is_dead());
+    let mrs = contexts().flat_map(|c| c.mrs()).filter(|m| !m.is_dead());
+    let keys = KeyTable(mrs.filter_map(|m| adopt::key(&m)).collect());
     let number = |ctx: &Arc<ShadowContext>, qp: &Arc<ShadowQp>| RebuiltQp {
         context: ctx.id,
         qp: qp.id,
         vqpn: qp.vqpn(),
         pqpn: qp.pqpn(),
     };
-    let qps = contexts.iter().flat_map(|c| c.qps().into_iter().filter(|q| !q.is_dead()).map(move |q| number(c, &q)));
-    Ok(Reply::Rebuilt { qps: qps.collect(), keys })
+    let qps = contexts().flat_map(|c| c.qps().into_iter().filter(|q| !q.is_dead()).map(move |q| number(c, &q)));
+    (qps.collect(), keys)
 }
 
 /// The device, and what the application goes on being told about the one it opened.

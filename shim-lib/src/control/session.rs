@@ -130,6 +130,8 @@ pub struct Session {
     current: Option<Migration>,
     /// The last one that ended here, so that its end can be asked for again.
     ended: Option<MigrationId>,
+    /// The last one after which this process went on with new objects.
+    gone_on: Option<MigrationId>,
     /// QPs whose held sends did not all fit into the queue yet.
     flushing: Vec<Arc<ShadowQp>>,
     markers: suspend::MarkerRights,
@@ -196,6 +198,9 @@ impl Session {
         if let Some(current) = &mut self.current {
             current.heard = Instant::now();
         }
+        if let Some(reply) = self.repeated(id, &request) {
+            return Ok(reply);
+        }
         match request {
             Request::Report => Err(Refused::new("answered above")),
             Request::Prepare { qps } => peer::prepare(self.enter(id), &qps),
@@ -219,6 +224,19 @@ impl Session {
                 Some(migration) => peer::unprepare(migration),
                 None => Ok(Reply::Done),
             },
+        }
+    }
+
+    /// What an agent asks that took up a migration after another one, which had ended before it could note that everybody
+    /// was told to go on: all of it is done.
+    fn repeated(&self, id: MigrationId, request: &Request) -> Option<Reply> {
+        if self.current.is_some() || self.gone_on != Some(id) {
+            return None;
+        }
+        match request {
+            Request::Connect { .. } | Request::Switch { .. } => Some(Reply::Done),
+            Request::Rebuild(_) => Some(rebuild::made()),
+            _ => None,
         }
     }
 
@@ -263,6 +281,7 @@ impl Session {
         let held = held(&qps);
         self.flushing.extend(qps);
         self.end();
+        self.gone_on = Some(id);
         Ok(Reply::GoesOn { held })
     }
 
@@ -281,5 +300,34 @@ impl Session {
     fn end(&mut self) {
         self.markers.expire_at(Instant::now() + suspend::MARKERS_STAY);
         self.ended = self.current.take().map(|m| m.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: MigrationId = MigrationId([1; 16]);
+
+    #[test]
+    fn an_agent_that_asks_once_more_hears_that_it_is_done_unless_it_was_undone() {
+        let _one = gate::tests::ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let connect = Request::Connect { links: Vec::new() };
+        let switch = Request::Switch { links: Vec::new(), tables: Vec::new() };
+        let mut session = Session::default();
+        session.enter(ID);
+        assert_eq!(session.repeated(ID, &switch), None, "it is not over");
+        session.resume(ID).unwrap();
+        assert_eq!(session.repeated(ID, &connect), Some(Reply::Done));
+        assert_eq!(session.repeated(ID, &switch), Some(Reply::Done));
+        assert_eq!(session.repeated(ID, &Request::Freeze), None, "nobody asks that after the decision");
+        assert_eq!(session.repeated(MigrationId([2; 16]), &switch), None, "of another one");
+        session.enter(MigrationId([2; 16]));
+        assert_eq!(session.repeated(ID, &switch), None, "another one has the process");
+
+        let mut undone = Session::default();
+        undone.enter(ID);
+        undone.abort().unwrap();
+        assert_eq!(undone.repeated(ID, &switch), None);
     }
 }
