@@ -1,4 +1,6 @@
-//! One measurement: two containers are started, one is moved once, what was seen of it is gathered, all is removed.
+//! One measurement: two containers are started, one is moved, what was seen of it is gathered, all is removed. It is
+//! moved there, back and there, as often as asked for, and the move that took middling long is the one that counts: to
+//! start it costs more time than to move it. Plain runc moves it once.
 //!
 //! The container that is moved is alike in all variants but for RDMA: the same program and libraries (without RDMA the
 //! devices are listed and left alone), memory, number of threads and TCP connection, the same devices and network. It
@@ -43,13 +45,15 @@ pub struct Load {
     pub migrate_options: Vec<String>,
     /// Registered memory lies in files, as far as a container uses RDMA.
     pub memory_in_files: bool,
+    /// Moves of one measurement. An odd number has a middle.
+    pub moves: u8,
 }
 
 impl Load {
     /// As part of the key of measurements.
     pub fn key(&self) -> String {
         let memory = if self.memory_in_files { "files" } else { "private" };
-        format!("rate {}; memory {memory}; {}", self.rate, self.migrate_options.join(" "))
+        format!("rate {}; memory {memory}; moves {}; {}", self.rate, self.moves, self.migrate_options.join(" "))
     }
 }
 
@@ -78,66 +82,98 @@ pub fn clear(node: &Node) {
 }
 
 fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) -> Result<Seen> {
-    let rdma = item.variant.rdma();
     start_other(stage, item)?;
     stage.run(MOVED, MOVED_HOST, &["src", "dst"], &strs(&moved_command(item, load)))?;
     stage.wait_log(MOVED, "connection", |t| running(t) >= usize::from(item.cell.peers))?;
-    stage.flow(MOVED, if rdma { 200 } else { 1 })?;
-    thread::sleep(Duration::from_secs_f64(BEFORE + 0.5));
+    stage.flow(MOVED, if item.variant.rdma() { 200 } else { 1 })?;
+    let mut moves = Vec::new();
+    for (from, to) in [("src", "dst"), ("dst", "src")].into_iter().cycle().take(load.moves.into()) {
+        moves.push(move_once(stage, item, load, counting, from, to).with_context(|| format!("{from} → {to}"))?);
+    }
+    stage.terminate(MOVED)?;
+    let result = stage.verdict(MOVED)?;
+    stage.verdict(OTHER)?;
+    let text = if item.variant.rdma() { Some(stage.log(OTHER)?) } else { None };
+    let seen = moves.into_iter().map(|m| m.seen(&result, text.as_deref())).collect::<Result<Vec<_>>>()?;
+    middle(seen).context("nothing was moved")
+}
 
-    let mappings = counts::mappings(&stage.ctx.src, MOVED)?;
+/// The one that took middling long, with the most of what was counted in any.
+fn middle(mut seen: Vec<Seen>) -> Option<Seen> {
+    let made = seen.iter().max_by_key(|s| s.counts.made_in_pause())?.counts.driver_calls_in_pause.clone();
+    seen.sort_by(|a, b| a.gap_ms.total_cmp(&b.gap_ms));
+    let mut one = seen.swap_remove((seen.len() - 1) / 2);
+    one.counts.driver_calls_in_pause = made;
+    Some(one)
+}
+
+/// One move, before its container has told what it saw.
+struct Moved {
+    moments: Moments,
+    /// From the clock of the host it left.
+    to_destination: Offset,
+    to_peer: Offset,
+    counts: Counts,
+    summary: Value,
+}
+
+fn move_once(stage: &mut Stage, item: &Item, load: &Load, counting: bool, from: &str, to: &str) -> Result<Moved> {
+    let rdma = item.variant.rdma();
+    thread::sleep(Duration::from_secs_f64(BEFORE + 0.5));
+    let (here, there, peer) = (stage.ctx.node(from)?.clone(), stage.ctx.node(to)?.clone(), stage.ctx.peer.clone());
+    let mappings = counts::mappings(&here, MOVED)?;
     if counting {
         stage.ctx.nodes().into_iter().try_for_each(counts::forget)?;
     }
-    let (src, dst, peer) = (stage.ctx.src.clone(), stage.ctx.dst.clone(), stage.ctx.peer.clone());
-    let before = (clocks::ask(&src, &dst)?, clocks::ask(&src, &peer)?);
+    let before = (clocks::ask(&here, &there)?, clocks::ask(&here, &peer)?);
     let mut options = strs(&load.migrate_options);
     if item.variant == Variant::C {
         options.push("--no-pre-setup");
     }
-    let summary = stage.migrate_with(MOVED, "dst", &options)?;
-    let after = (clocks::ask(&src, &dst)?, clocks::ask(&src, &peer)?);
-    let to_dst = Offset { before: before.0, after: after.0 };
+    let summary = stage.migrate_with(MOVED, to, &options)?;
+    let after = (clocks::ask(&here, &there)?, clocks::ask(&here, &peer)?);
+    let to_destination = Offset { before: before.0, after: after.0 };
     let to_peer = Offset { before: before.1, after: after.1 };
     stage.flow(MOVED, if rdma { 100 } else { 1 })?;
     thread::sleep(Duration::from_secs_f64(AFTER));
 
     let moments = Moments::of(&summary).with_context(|| format!("phases of {summary}"))?;
-    let mut found = Counts {
+    let mut counts = Counts {
         mappings: Some(mappings),
         transferred_bytes: summary["image_bytes"].as_u64(),
         pre_copied_bytes: summary["pre_copied_bytes"].as_u64(),
         driver_calls_in_pause: None,
     };
     if counting && rdma {
-        let (from, to) = (moments.suspend, moments.resumed);
         let mut all = std::collections::BTreeMap::new();
-        for (node, offset) in [(&dst, &to_dst), (&peer, &to_peer)] {
-            for (event, n) in counts::calls(node, offset.theirs(from), offset.theirs(to))? {
-                all.insert(format!("{} {event}", node.name()), n);
-            }
+        for (node, name, offset) in [(&there, "dst", &to_destination), (&peer, "peer", &to_peer)] {
+            let (from, to) = (offset.theirs(moments.suspend), offset.theirs(moments.resumed));
+            all.extend(
+                super::counts::calls(node, from, to)?.into_iter().map(|(event, n)| (format!("{name} {event}"), n)),
+            );
         }
-        found.driver_calls_in_pause = Some(all);
+        counts.driver_calls_in_pause = Some(all);
     }
-    stage.terminate(MOVED)?;
-    let result = stage.verdict(MOVED)?;
-    stage.verdict(OTHER)?;
-    let other_end = if rdma {
-        let text = stage.log(OTHER)?;
-        Some(other_end(&text, &moments, &to_peer).context("the other end printed no samples around the move")?)
-    } else {
-        None
-    };
-    let mut seen = standstill(&result, moments.began, moments.ended, &to_dst)?;
-    let frozen = summary["frozen_seconds"].as_f64().unwrap_or(0.0) * 1000.0;
-    // The runtime learns of the release a moment after it; more than that is no moment.
-    ensure!(
-        (0.7 * frozen..1.3 * frozen + 1000.0).contains(&seen.gap_ms),
-        "the container says it stood still for {:.0} ms, the runtime froze it for {frozen:.0} ms: one of them is wrong",
-        seen.gap_ms
-    );
-    (seen.other_end, seen.counts, seen.summary) = (other_end, found, summary);
-    Ok(seen)
+    Ok(Moved { moments, to_destination, to_peer, counts, summary })
+}
+
+impl Moved {
+    /// `result` is the container's, `text` what the other end printed.
+    fn seen(self, result: &Value, text: Option<&str>) -> Result<Seen> {
+        let Moved { moments, to_destination, to_peer, counts, summary } = self;
+        let end =
+            |text| other_end(text, &moments, &to_peer).context("the other end printed no samples around the move");
+        let other_end = text.map(end).transpose()?;
+        let seen = standstill(result, moments.began, moments.ended, &to_destination)?;
+        let frozen = summary["frozen_seconds"].as_f64().unwrap_or(0.0) * 1000.0;
+        // The runtime learns of the release a moment after it; more than that is no moment.
+        ensure!(
+            (0.7 * frozen..1.3 * frozen + 1000.0).contains(&seen.gap_ms),
+            "the container says it stood still for {:.0} ms, the runtime froze it for {frozen:.0} ms: one of them is wrong",
+            seen.gap_ms
+        );
+        Ok(Seen { other_end, counts, summary, ..seen })
+    }
 }
 
 fn by_hand(stage: &mut Stage, item: &Item) -> Result<Seen> {
@@ -372,16 +408,32 @@ mod tests {
     #[test]
     fn amounts_are_dealt_out_to_the_peers() {
         let item = Item { round: 0, variant: Variant::B, cell: Cell { qps: 8, registered: 16, peers: 4 } };
-        let line = moved_command(&item, &Load { rate: 400, migrate_options: vec![], memory_in_files: true }).join(" ");
+        let line = moved_command(&item, &load(400)).join(" ");
         assert!(
             line.contains("--qps 2 ") && line.contains("--registered 4 ") && line.contains("--rate 100 "),
             "{line}"
         );
         let item = Item { variant: Variant::A, cell: item.cell.baseline(), ..item };
-        assert!(
-            moved_command(&item, &Load { rate: 0, migrate_options: vec![], memory_in_files: true })
-                .join(" ")
-                .contains("hold --connect 10.20.0.182 --processes 4")
-        );
+        assert!(moved_command(&item, &load(0)).join(" ").contains("hold --connect 10.20.0.182 --processes 4"));
+    }
+
+    fn load(rate: u32) -> Load {
+        Load { rate, migrate_options: vec![], memory_in_files: true, moves: 3 }
+    }
+
+    #[test]
+    fn the_middle_move_counts_with_the_most_objects_of_any() {
+        let seen = |gap_ms, made| {
+            let calls = [("dst qp".to_owned(), made)].into_iter().collect();
+            Seen {
+                gap_ms,
+                counts: Counts { driver_calls_in_pause: Some(calls), ..Counts::default() },
+                ..Seen::default()
+            }
+        };
+        let one = middle(vec![seen(30.0, 0), seen(10.0, 7), seen(20.0, 1)]).unwrap();
+        assert_eq!((one.gap_ms, one.counts.made_in_pause()), (20.0, Some(7)));
+        assert_eq!(middle(vec![seen(2.0, 0), seen(1.0, 0)]).unwrap().gap_ms, 1.0);
+        assert_eq!(middle(Vec::new()), None);
     }
 }

@@ -42,7 +42,7 @@ Variants, all with the same program, memory, threads and TCP connection:
   d  no RDMA in use, moved by `runc checkpoint`, a copy, `runc restore`
 
 Each round makes every measurement once, in an order of its own; comparisons are made within rounds. A measurement
-takes about half a minute. The run can be interrupted at any time: what is finished lies in
+takes about a minute. The run can be interrupted at any time: what is finished lies in
 target/bench/blackout/samples.jsonl and is used by the next run of the same build, also with more repeats, other
 amounts or other variants. An interval of a median needs 6 rounds.
 
@@ -79,6 +79,10 @@ pub struct Options {
     /// Measurements of each are kept apart
     #[arg(long, value_name = "WHERE", default_value = "files", value_parser = ["files", "private"])]
     pub memory: String,
+    /// Moves of each measurement, there, back and there; the one that took middling long counts. Measurements of
+    /// different numbers are kept apart
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=15))]
+    pub moves: u8,
     /// A further option of every `migrrdma migrate`, as in --migrate-option=--pre-copy-rounds=0 (repeatable).
     /// Measurements with different ones are kept apart
     #[arg(long = "migrate-option", value_name = "OPTION", allow_hyphen_values = true)]
@@ -125,6 +129,7 @@ pub fn run(options: &Options) -> Result<()> {
         rate: options.rate,
         migrate_options: options.migrate_options.clone(),
         memory_in_files: options.memory == "files",
+        moves: options.moves,
     };
     let paths = Paths::new()?;
     if !options.no_build && !options.report_only {

@@ -13,8 +13,9 @@ use nix::fcntl::Flock;
 use std::fs::File;
 use std::time::Duration;
 
-/// Hard limit of one measurement.
-const LIMIT: Duration = Duration::from_secs(400);
+/// Hard limit of one measurement, and for each of its moves.
+const LIMIT: Duration = Duration::from_secs(240);
+const MOVE: Duration = Duration::from_secs(60);
 /// Clocks further apart than this are set again, seconds.
 const APART: f64 = 0.2;
 
@@ -76,7 +77,7 @@ impl Session {
         if !self.counting {
             println!("bench: the nodes' kernels cannot count the driver's calls; they are left out");
         }
-        self.answering = nodes[1..].iter().map(clocks::answer).collect::<Result<_>>()?;
+        self.answering = nodes.iter().map(clocks::answer).collect::<Result<_>>()?;
         self.set_clocks()
     }
 
@@ -102,7 +103,7 @@ impl Session {
 
     /// Makes one measurement.
     pub fn measure(&mut self, item: &Item, load: &Load) -> Result<Seen> {
-        let mut ctx = Context::new(&self.lab, LIMIT)?;
+        let mut ctx = Context::new(&self.lab, LIMIT + MOVE * u32::from(load.moves))?;
         measure::measure(&mut ctx, item, load, self.counting)
     }
 
