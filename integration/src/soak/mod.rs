@@ -261,9 +261,7 @@ fn one(stage: &mut Stage<'_>, cast: &Cast, step: &Step, n: usize, from: &'static
         stage.moved(other, to)?;
     }
     // Traffic in both directions, for longer than what was held could last.
-    for container in [name, other] {
-        stage.flow(container, 100)?;
-    }
+    stage.all_flow(&[name, other], 100)?;
     Ok(Told {
         n,
         container: name.clone(),

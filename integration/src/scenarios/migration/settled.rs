@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::stage::{Pair, Stage, tail};
-use crate::lab::node::Running;
+use crate::lab::node::{self, Running};
 
 /// From a fault until everything is in order again.
 pub const ORDER: Duration = Duration::from_secs(150);
@@ -23,8 +23,7 @@ pub fn after(stage: &mut Stage<'_>, pair: &Pair, running: &Running, to: &str) ->
         stage.moved(&pair.client, to)?;
     }
     // Traffic in both directions, for longer than what was held could last.
-    stage.flow(&pair.client, 300).context("the moved end")?;
-    stage.flow(&pair.server, 300).context("its peer")?;
+    stage.all_flow(&[&pair.client, &pair.server], 300)?;
     Ok(place)
 }
 
@@ -34,13 +33,16 @@ const NODES: [&str; 3] = ["src", "dst", "peer"];
 pub fn settled(stage: &Stage<'_>, name: &str) -> Result<&'static str> {
     let until = Instant::now() + ORDER;
     loop {
+        let asked = node::each(&NODES, |at| {
+            let node = stage.ctx.node(at)?;
+            Ok((node.exec(&["migrrdma", "state", name])?.success(), node.exec(&["migrrdma", "status", "--json"])?))
+        })?;
         let mut known = Vec::new();
         let mut busy = Vec::new();
-        for node in NODES {
-            if stage.ctx.node(node)?.exec(&["migrrdma", "state", name])?.success() {
+        for (node, (knows_it, out)) in NODES.into_iter().zip(asked) {
+            if knows_it {
                 known.push(node);
             }
-            let out = stage.ctx.node(node)?.exec(&["migrrdma", "status", "--json"])?;
             if !out.success() || takes_part(&out.text()) {
                 busy.push(format!("{node}: {}{}", out.text(), out.errors()));
             }

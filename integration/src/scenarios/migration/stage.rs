@@ -132,8 +132,16 @@ impl<'a> Stage<'a> {
 
     /// Waits until a checker has done `ops` more operations, seen from now on.
     pub fn flow(&self, name: &str, ops: u64) -> Result<()> {
-        let before = progress(&self.log(name)?).unwrap_or(0);
-        self.wait_log(name, "progress", |t| progress(t).is_some_and(|n| n >= before + ops))
+        self.all_flow(&[name], ops)
+    }
+
+    /// Waits until each of these checkers has done `ops` more operations, seen from now on.
+    pub fn all_flow(&self, names: &[&str], ops: u64) -> Result<()> {
+        let before = node::each(names, |name| self.log(name).map(|text| progress(&text).unwrap_or(0)))?;
+        for (name, before) in names.iter().zip(before) {
+            self.wait_log(name, "progress", |t| progress(t).is_some_and(|n| n >= before + ops))?;
+        }
+        Ok(())
     }
 
     /// Starts `migrrdma migrate` and leaves it running.

@@ -17,8 +17,7 @@ pub fn undone(stage: &Stage<'_>, pair: &Pair, out: &Output, words: &[&str]) -> R
     let state: serde_json::Value = serde_json::from_str(&state).context("state")?;
     ensure!(state["status"] == "running", "the source's container is {}", state["status"]);
     // Traffic in both directions, for longer than what was held could last.
-    stage.flow(&pair.client, 300).context("the moved end")?;
-    stage.flow(&pair.server, 300).context("its peer")
+    stage.all_flow(&[&pair.client, &pair.server], 300)
 }
 
 /// After a failure: one that succeeds, then the verdicts.
