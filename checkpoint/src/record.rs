@@ -46,6 +46,8 @@ pub enum Kind {
     Checkpoint,
     /// A container comes from disk.
     Restore,
+    /// A container that came to this host belongs to it: its source is gone, an administrator said.
+    TakeOver,
 }
 
 /// One migration, as its source remembers it.
@@ -58,19 +60,19 @@ pub struct Record {
     pub container: String,
     #[serde(default)]
     pub kind: Kind,
-    /// `host:port` of the destination's agent; this host's own sign where there is no other.
+    /// `host:port` of the other end's agent; this host's own sign where there is no other.
     pub to: String,
     pub state: State,
     /// `host:port` of the agents of all peers, and the containers there that take part.
     pub peers: Vec<(String, Vec<String>)>,
-    /// What to tell each peer after commit: opaque to this module.
+    /// What to tell each peer after commit, and before it, what the container was here: opaque to this module.
     pub plan: serde_json::Value,
     /// Seconds since 1970.
     pub began: u64,
     /// Everybody goes on already; only the cleaning is left, and the destination may have forgotten the migration.
     #[serde(default)]
     pub resumed: bool,
-    /// The destination knows that the container was taken back.
+    /// The other end knows that the container was taken back, or over.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub told: bool,
     /// Why it was undone or taken back, if it was.

@@ -310,27 +310,35 @@ pub fn restore(id: &str, images: &Path, bundle: &Path, disconnected: bool, how: 
     as_told(&mut client, id, bundle, how, "restored")
 }
 
-/// Has the agent give a migration up whose destination is gone, and restores what is left of its container, whose
-/// name it returns. `how` is told that name, the image and the bundle.
+/// What became of a container whose migration's other end is gone.
+#[derive(Debug)]
+pub enum Recovered {
+    /// On the source: it was restored from what was kept of it.
+    Restored { id: String, pid: i32 },
+    /// On the destination: what had been restored runs.
+    TakenOver,
+}
+
+/// Has the agent end a migration whose other end is gone, and restores what is left of its container if that has to be
+/// done. `how` is told its name, the image and the bundle.
 pub fn recover(
     config: &Config,
     request: RecoverRequest,
     how: impl FnOnce(&str, &Path, &Path) -> Result<How>,
-) -> Result<(String, Restored)> {
+) -> Result<Recovered> {
     let id = request.container.clone();
     let mut client = Client::ask(&config.admin(), &Request::Recover(request))?;
     loop {
         match client.next()?.context("the agent ended before it said how this ended; run the command again")? {
             Event::Note { text } => eprintln!("{text}"),
+            Event::Enter { .. } | Event::Leave { .. } | Event::Progress { .. } => {}
             Event::Kept { container, images, bundle } => {
                 let how = how(&container, &images, &bundle)?;
-                let restored = as_told(&mut client, &container, &bundle, how, "recovered")?;
-                return Ok((container, restored));
+                let Restored { pid, .. } = as_told(&mut client, &container, &bundle, how, "recovered")?;
+                return Ok(Recovered::Restored { id: container, pid });
             }
-            event => {
-                end(event, &id, "recovered")?;
-                bail!("the agent ended well, but nothing was restored");
-            }
+            // Without a word to restore, it had been.
+            event => return end(event, &id, "recovered").map(|()| Recovered::TakenOver),
         }
     }
 }

@@ -96,7 +96,7 @@ pub enum Verb {
     Agent(AgentArgs),
     /// Move a running container to another host
     Migrate(MigrateArgs),
-    /// Take a container back whose migration had committed, when its destination is gone for good
+    /// End a migration whose other host is gone for good: take its container back, or over
     Recover(RecoverArgs),
     /// Make a certificate authority and node certificates
     #[command(subcommand)]
@@ -534,23 +534,30 @@ pub struct MigrateArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Run on the source of the migration. Between its commit and its end a container belongs to the destination, and the \
-source keeps its image. If that host dies then, the container is nowhere. This command gives the migration up and \
-restores the container here, as it was when it was stopped for the move. Its RDMA connections to other containers \
-come up in the error state, and their ends see what they see when a host has died.
+On the source of a migration: between its commit and its end a container belongs to the destination, and the source \
+keeps its image. If that host dies then, the container is nowhere. This command gives the migration up and restores \
+the container here, as it was when it was stopped for the move. Its RDMA connections to other containers come up in \
+the error state, and their ends see what they see when a host has died.
 
-The destination is asked first, and so are all other agents that may reach it: if it answers any of them, or its host \
+On the destination: if the source's host dies after the container was restored here, nobody decides any more. This \
+command, with --source-is-gone, lets the container run here and connects it to its peers: nothing is lost, but for its \
+connections to containers of that host.
+
+The other host is asked first, and so are all other agents that may reach it: if it answers any of them, or its host \
 refuses the connection, nothing is done. If nobody hears of it, it may still be alive behind a network that is cut, \
-and run the container: only you can know, so say so with --destination-is-gone, and switch it off before. If it \
-comes back, its agent kills what it has of the container as soon as it hears of this. Until then there may be two, \
-and what the other one did is lost.
+and run the container: only you can know, so say so with --destination-is-gone or --source-is-gone, and switch it off \
+before. If it comes back, its agent kills what it has of the container as soon as it hears of this. Until then there \
+may be two, and what the other one did is lost.
 
 A destination that was restarted says itself that it has lost the container; then the option is not needed. If the \
 restore fails, run the command again.")]
 pub struct RecoverArgs {
     /// The destination is gone for good: switched off, or known to be dead. Without it the command only explains
-    #[arg(long)]
+    #[arg(long, conflicts_with = "source_is_gone")]
     pub destination_is_gone: bool,
+    /// The source is gone for good: switched off, or known to be dead. Without it the command only explains
+    #[arg(long)]
+    pub source_is_gone: bool,
     /// The agent's settings (where its socket is)
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

@@ -338,9 +338,12 @@ impl Agent {
                 self.unpark(id, from, port, &containers, generation, &secret)
             }
             Order::Release { committed } => Ok(self.release(id, committed)),
+            Order::TakenOver { container } => engine::superseded::obey(self, id, &container),
             order @ Order::TakenBack { .. } => {
                 self.forsake(id);
-                engine::dest::obey(self, from, id, order)
+                let answer = engine::dest::obey(self, from, id, order)?;
+                engine::take_over::was_ended(self, id);
+                Ok(answer)
             }
             order => engine::dest::obey(self, from, id, order),
         }

@@ -139,8 +139,8 @@ impl Agent {
             let Some((claim, parked)) = claim.and_then(|c| Some((c, c.parked.as_ref()?))) else {
                 return failed(
                     id,
-                    "does not wait for this image: it was restored already, or the time for it is over; the checkpoint \
-                     cannot be used any more",
+                    "does not wait for this image: it was restored already, or the time for it is over; \
+                     `restore --disconnected` restores it without its connections to others",
                 );
             };
             if parked.generation > generation {

@@ -253,6 +253,10 @@ impl Agent {
                 Ok(())
             }
             Some(claim) => Err(Refusal::Busy { container: container.into(), by: claim.migration }),
+            // It was let go, and there is nothing more that it could be told to do.
+            None if matches!(request, Request::Switch { .. } | Request::Resume) => {
+                Err(Refusal::Absent(format!("container {container} has gone on without the migration")))
+            }
             None => Err(Refusal::Failed(format!("container {container} takes part in no migration here"))),
         }
     }
@@ -290,26 +294,36 @@ impl Agent {
         }
     }
 
-    /// The destination of a migration that had committed is gone: peers here go on, with QPs that lead to nobody and
-    /// end as those of a dead host's peers do.
+    /// The other end of a migration is gone, and it may have been decided: peers here go on from where they are, with QPs
+    /// that may lead to nobody and end then as those of a dead host's peers do. What has arrived here is not their
+    /// business.
     pub fn forsake(&self, migration: MigrationId) {
         let of_it = |claim: &Claim| claim.migration == migration && claim.why == Why::Peer;
-        let peers: Vec<String> =
-            lock(&self.claims).iter().filter(|(_, claim)| of_it(claim)).map(|(id, _)| id.clone()).collect();
+        let peers: Vec<(String, bool)> = lock(&self.claims)
+            .iter()
+            .filter(|(_, claim)| of_it(claim))
+            .map(|(id, claim)| (id.clone(), claim.parked.is_some()))
+            .collect();
         if peers.is_empty() {
             return;
         }
-        peers.iter().for_each(|container| self.let_go_alone(migration, container));
+        peers.iter().for_each(|(container, _)| self.let_go_alone(migration, container));
         self.metrics.migration(Role::Peer, Outcome::Orphaned);
         let mut claims = lock(&self.claims);
         claims.retain(|_, claim| !of_it(claim));
         self.note_claims(&claims);
+        drop(claims);
+        if peers.iter().any(|(_, parked)| *parked) {
+            self.stop_waiting(migration);
+        }
     }
 
     /// Asks the sources of quiet migrations what became of them. Called every now and then.
     pub fn look_after_claims(&self) {
         let quiet: Vec<(String, Claim)> = lock(&self.claims)
             .iter()
+            // The engine asks for what arrived here.
+            .filter(|(_, claim)| claim.why == Why::Peer || claim.source == LOCAL)
             .filter(|(_, claim)| claim.heard.elapsed() > QUIET)
             .filter(|(_, claim)| claim.parked.as_ref().is_none_or(Parked::is_taken))
             .map(|(id, claim)| (id.clone(), claim.clone()))
@@ -321,8 +335,7 @@ impl Agent {
                     eprintln!("{} is over, its source says; container {container} goes on", claim.migration);
                     self.release(claim.migration, false);
                 }
-                // Of one that arrived here the engine asks as well, and ends it.
-                Ok(Answer::Fate(Fate::TakenBack)) if claim.why == Why::Peer => {
+                Ok(Answer::Fate(Fate::TakenBack)) => {
                     eprintln!("{} was taken back, its source says; container {container} goes on", claim.migration);
                     self.forsake(claim.migration);
                 }
@@ -341,7 +354,7 @@ impl Agent {
                     if claim.since.elapsed() > Duration::from_secs(self.config.deadlines.orphan) {
                         eprintln!("container {container} waits no longer for {}", claim.migration);
                         if !self.wait_again(claim.migration) {
-                            self.part(claim.migration, false, Outcome::Orphaned);
+                            self.forsake(claim.migration);
                         }
                     }
                 }

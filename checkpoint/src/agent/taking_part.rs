@@ -133,7 +133,7 @@ fn arriving(seen: Seen, known: Vec<Waiting>) -> Migration {
         waits_for: waits(known, seen.waits_for),
         left_seconds: seen.until.map(left),
         over: false,
-        why: None,
+        why: seen.why,
     }
 }
 
@@ -201,8 +201,12 @@ fn recorded(record: Record, known: Vec<Waiting>) -> Migration {
         Kind::Migration => (Role::Source, record.to),
         Kind::Checkpoint => (Role::Source, IMAGE.into()),
         Kind::Restore => (Role::Destination, IMAGE.into()),
+        Kind::TakeOver => (Role::Destination, record.to),
     };
     let (state, or) = match record.state {
+        State::Finished if record.kind == Kind::TakeOver && !record.told => {
+            ("taken over", Some("its source to come back and hear of it"))
+        }
         State::Started => ("started", Some("this agent to undo it, because it was not decided")),
         State::Committed => ("committed", Some("everybody to be told; it is tried again every now and then")),
         State::TakenBack if !restored => ("taken back", Some("`migrrdma recover` to restore it")),

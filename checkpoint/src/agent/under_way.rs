@@ -242,7 +242,7 @@ mod tests {
         let relay = Order::Relay { container: "db".into(), vpid: Vpid(8), request: drain.clone() };
         let shim = list.wait_for_shim(Some(ID), "web", "app (pid 7 of container web)", &drain, SOON);
         let agent = list.wait_for_agent(Some(ID), "10.0.0.3:7477", &relay, SOON);
-        let step = list.step_here(ID, &Order::Restore { files: 1 });
+        let step = list.step_here(ID, &Order::Restore { files: 1, onward: Vec::new() });
         assert!(list.wait_for_shim(None, "web", "app", &Request::Report, SOON).is_none());
         assert!(list.step_here(ID, &Order::FileEnd { len: 0, crc: 0 }).is_none());
         let [own, far, here] = [

@@ -19,6 +19,8 @@ pub struct Seen {
     /// `None` in the middle of a step.
     pub since: Option<Instant>,
     pub waits_for: Option<&'static str>,
+    /// What an administrator can do about it, if it comes to that.
+    pub why: Option<String>,
     /// When it is dropped.
     pub until: Option<Instant>,
 }
@@ -39,6 +41,7 @@ impl Desk {
                     state: "at work".into(),
                     since: None,
                     waits_for: None,
+                    why: None,
                     until: None,
                 },
             })
@@ -60,7 +63,7 @@ impl Arrival {
             let (made, connected) = (plan.born.len(), plan.links.iter().filter(|l| l.connected_to.is_some()).count());
             let state = format!("partial restore, {made} QPs made, {connected} connected");
             let (source, waits_for) = (format!("an image of {}", self.source), Some("its restore"));
-            return Seen { id, container, source, state, since, waits_for, until: Some(until) };
+            return Seen { id, container, source, state, since, waits_for, why: None, until: Some(until) };
         }
         let waits_for = match &self.state {
             State::Gathering { .. } => Some("the source's next word"),
@@ -70,7 +73,9 @@ impl Arrival {
             State::Gone => None,
         };
         let state = self.state.name().to_owned();
-        Seen { id, container, source: shown(&self.source), state, since, waits_for, until: None }
+        let stays = matches!(self.state, State::Prepared { .. } | State::Running { .. });
+        let why = (self.silent && stays).then(|| super::take_over::hint(&container));
+        Seen { id, container, source: shown(&self.source), state, since, waits_for, why, until: None }
     }
 }
 

@@ -11,33 +11,31 @@
 //! ```
 //!
 //! Until [`State::Prepared`] this host may give up by itself: the source cannot have committed. In `Prepared` only the
-//! source knows; this host waits, asks, and does nothing else. In `Running` there is no way back, unless the source has
-//! been told that this host is gone ([`super::forsaken`]).
+//! source knows; this host waits, asks, and does nothing else, unless it is told that the source is gone
+//! ([`super::take_over`]). In `Running` there is no way back, unless the source has been told that this host is gone
+//! ([`super::forsaken`]).
+//!
+//! Here it is decided which order fits which state; what each of them does is in [`super::steps`].
 
 use std::collections::HashMap;
-use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rdma_virt::id::{MigrationId, ObjId, Vpid};
+use rdma_virt::id::{MigrationId, Vpid};
 use rdma_virt::msg::KeyTable;
-use rdma_virt::saved::{AdoptedProcess, ProcessState, SgidMap};
+use rdma_virt::saved::{AdoptedProcess, ProcessState};
 
-use super::forsaken;
-use super::host::{Held, Nursery, RestoreJob, Wire};
+use super::host::{Held, Nursery, Wire};
 use super::landing::Landing;
 use super::memory::Memory;
-use super::newcomers::{adopt, alive};
-use super::prepared::{self, Note};
 use super::revive::ByHand;
-use super::store::{Store, StoreError};
+use super::store::Store;
+use super::{forsaken, take_over};
 use crate::agent::metrics::Outcome;
 use crate::agent::under_way::Role;
 use crate::agent::{Agent, chain, is_plain_name, lock};
-use crate::image::HandOver;
-use crate::net::msg::{Answer, BornGid, BornQp, Fate, Offer, Order, Refusal};
+use crate::net::msg::{Answer, Fate, Offer, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
 pub(super) const QUIET: Duration = Duration::from_secs(20);
@@ -45,9 +43,6 @@ pub(super) const QUIET: Duration = Duration::from_secs(20);
 /// A source decides at once when it hears that all is prepared. A decision that comes later than this may have been
 /// on its way for so long that it is not true any more.
 const STALE: Duration = Duration::from_secs(5);
-
-/// Name of the incubator's socket in the container's directory; the plugin knows it.
-const INCUBATOR: &str = "incubator.sock";
 
 /// How far a migration has come here.
 pub(super) enum State {
@@ -92,7 +87,7 @@ pub(super) struct Arrival {
     /// `host:port` of the source's agent.
     pub source: String,
     pub(super) offer: Offer,
-    states: Vec<ProcessState>,
+    pub(super) states: Vec<ProcessState>,
     /// What the incubator made for them, once they hold it.
     pub(super) adopted: Vec<AdoptedProcess>,
     /// What the restored processes make by themselves; empty where an incubator does it.
@@ -103,11 +98,13 @@ pub(super) struct Arrival {
     /// The bundle that comes along.
     pub(super) landing: Option<Landing>,
     /// Registered memory that comes along.
-    memory: Option<Memory>,
+    pub(super) memory: Option<Memory>,
     /// Something lies ready for its sysfs.
     pub(super) shown: bool,
     /// When the source last said something, or answered.
     pub heard: Instant,
+    /// It was asked, and did not.
+    pub silent: bool,
     /// It comes from files.
     pub by_hand: Option<ByHand>,
 }
@@ -126,6 +123,7 @@ impl Arrival {
             memory: None,
             shown: false,
             heard: Instant::now(),
+            silent: false,
             by_hand: None,
         }
     }
@@ -165,7 +163,7 @@ impl Desk {
     }
 }
 
-fn failed(why: impl Into<String>) -> Refusal {
+pub(super) fn failed(why: impl Into<String>) -> Refusal {
     Refusal::Failed(why.into())
 }
 
@@ -174,25 +172,34 @@ pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Ord
     if let Order::Offer { offer, dry_run } = order {
         return consider(agent, from, id, *offer, dry_run);
     }
+    // What this host asks of itself it asks in the course of that.
+    let taken_over = || from.is_some() && take_over::happened(agent, id);
     if matches!(order, Order::Holds) {
-        return Ok(Answer::Has(forsaken::holds(agent, id)));
+        return if taken_over() { Err(take_over::refusal()) } else { Ok(Answer::Has(forsaken::holds(agent, id))) };
     }
     let Some(entry) = agent.desk.get(id) else {
         return match order {
             Order::TakenBack { container } => {
                 forsaken::remove_finished(agent, id, &container).map(|()| Answer::Done).map_err(failed)
             }
+            _ if taken_over() => Err(take_over::refusal()),
             // What was never here, or is gone, need not be removed.
             Order::Abandon | Order::Finish => Ok(Answer::Done),
             other => Err(failed(format!("{} for a migration this host knows nothing of", other.name()))),
         };
     };
     let mut arrival = lock(&entry.arrival);
+    let decides =
+        matches!(order, Order::Commit | Order::Adopt | Order::Rebuild { .. } | Order::Finish | Order::Abandon);
+    if decides && taken_over() {
+        return Err(take_over::refusal());
+    }
     let order = match order {
         Order::Commit if from.is_some() && arrival.heard.elapsed() > STALE => confirmed(agent, id, &arrival)?,
         order => order,
     };
     arrival.heard = Instant::now();
+    arrival.silent = false;
     let (before, finishes) = (arrival.state.name(), matches!(order, Order::Finish));
     let step = agent.under_way.step_here(id, &order);
     let answer = arrival.step(agent, id, order);
@@ -283,8 +290,8 @@ impl Arrival {
             (state @ State::Gathering { .. }, order @ (Order::Memory { .. } | Order::Pages(_))) => {
                 (state, self.remember(agent, order).map_err(failed))
             }
-            (State::Gathering { nursery, store: Some(store) }, Order::Restore { files }) => {
-                self.restore(agent, nursery, store, files)
+            (State::Gathering { nursery, store: Some(store) }, Order::Restore { files, onward }) => {
+                self.restore(agent, nursery, store, files, &onward)
             }
             (State::Prepared { nursery, store, held, wire }, Order::Commit) => {
                 self.commit(agent, id, nursery, store, held, wire)
@@ -330,347 +337,4 @@ impl Arrival {
         self.state = state;
         answer
     }
-
-    /// The bundle, before anything needs it.
-    fn land(&mut self, agent: &Agent, id: MigrationId, order: Order) -> Result<Answer, String> {
-        if !matches!(self.state, State::Gathering { .. }) {
-            return Err(format!("tree does not fit: the migration is {} here", self.state.name()));
-        }
-        let landing = match &mut self.landing {
-            Some(landing) => landing,
-            none => none.insert(Landing::begin(agent, id, &self.offer)?),
-        };
-        let complete = landing.take(agent, order)?;
-        let problems = || super::check::problems(agent, &self.offer, true);
-        Ok(if complete { Answer::Offered { problems: problems() } } else { Answer::Done })
-    }
-
-    /// Registered memory, into files that the container will find.
-    fn remember(&mut self, agent: &Agent, order: Order) -> Result<Answer, String> {
-        let memory = match &mut self.memory {
-            Some(memory) => memory,
-            none => {
-                let dir = agent.host.make_memory_files(&self.offer.container).map_err(|e| e.to_string())?;
-                none.insert(Memory::begin(dir, self.offer.image_bytes).map_err(|e| chain(&e))?)
-            }
-        };
-        memory.take(order).map(|()| Answer::Done).map_err(|e| chain(&e))
-    }
-
-    /// The container's directory is made by its runtime when it restores; the incubator needs it earlier.
-    fn nursery(&self, agent: &Agent) -> Result<Box<dyn Nursery>, Refusal> {
-        let Offer { container, bundle, .. } = &self.offer;
-        let dir = agent.doors.of(container);
-        fs::create_dir_all(&dir).map_err(|e| failed(format!("cannot make {}: {e}", dir.display())))?;
-        agent.host.incubate(container, bundle, &dir.join(INCUBATOR)).map_err(|e| failed(format!("the incubator: {e}")))
-    }
-
-    fn incubate(
-        &mut self,
-        agent: &Agent,
-        nursery: &mut Option<Box<dyn Nursery>>,
-        states: Vec<ProcessState>,
-    ) -> Result<Answer, Refusal> {
-        let nursery = match nursery {
-            Some(nursery) => nursery,
-            none => none.insert(self.nursery(agent)?),
-        };
-        let made = nursery.converge(&states).map_err(|e| failed(format!("making the RDMA objects: {e}")))?;
-        let qps = born(&made, &states).map_err(failed)?;
-        let contexts = made.iter().flat_map(|p| p.contexts.iter().map(|c| (p.vpid, c.id, &c.sgid_index[..])));
-        let gids = gids(contexts, &states);
-        self.states = states;
-        let mrs = made.iter().flat_map(|p| &p.contexts).map(|c| c.mrs.len()).sum::<usize>();
-        Ok(Answer::Incubated { qps, gids, mrs: u32::try_from(mrs).unwrap_or(u32::MAX) })
-    }
-
-    fn receive(
-        &mut self,
-        agent: &Agent,
-        id: MigrationId,
-        store: &mut Option<Store>,
-        order: Order,
-    ) -> Result<Answer, Refusal> {
-        let wrap = |e: StoreError| failed(chain(&e));
-        let store = match store {
-            Some(store) => store,
-            none => {
-                let dir = Store::place(&agent.config.state_dir, id);
-                none.insert(Store::make(dir, self.offer.image_bytes).map_err(wrap)?)
-            }
-        };
-        store.take(order).map_err(wrap)?;
-        Ok(Answer::Done)
-    }
-
-    fn restore(
-        &mut self,
-        agent: &Agent,
-        mut nursery: Option<Box<dyn Nursery>>,
-        store: Store,
-        files: u32,
-    ) -> (State, Result<Answer, Refusal>) {
-        match self.try_restore(agent, &mut nursery, &store, files) {
-            Ok((held, wire)) => (State::Prepared { nursery, store, held, wire }, Ok(Answer::Done)),
-            Err(why) => (State::Gathering { nursery, store: Some(store) }, Err(failed(why))),
-        }
-    }
-
-    /// Everything that can fail happens here, not after the decision.
-    #[expect(clippy::type_complexity, reason = "the two things a prepared container is made of, named by the caller")]
-    fn try_restore(
-        &mut self,
-        agent: &Agent,
-        nursery: &mut Option<Box<dyn Nursery>>,
-        store: &Store,
-        files: u32,
-    ) -> Result<(Box<dyn Held>, Option<Box<dyn Wire>>), String> {
-        store.is_complete(files).map_err(|e| chain(&e))?;
-        let Offer { container, bundle, .. } = &self.offer;
-        // Read by the restored tasks later; what is wrong with it is better said here.
-        crate::image::read(&store.images()).map_err(|e| chain(&e))?;
-        let mut wire = agent.host.wire(bundle, None).map_err(|e| format!("the container's network: {e}"))?;
-        if let Some(wire) = &mut wire {
-            wire.down().map_err(|e| format!("the container's network: {e}"))?;
-        }
-        if let Some(nursery) = nursery {
-            nursery.arm().map_err(|e| format!("the incubator: {e}"))?;
-        }
-        let job = RestoreJob {
-            id: container.clone(),
-            bundle: bundle.clone(),
-            images: store.images(),
-            work: store.work(),
-            incubator: nursery.is_some().then(|| agent.doors.of(container).join(INCUBATOR)),
-            deadline: Duration::from_secs(agent.config.deadlines.restore),
-            door: prepared::door(store.dir()),
-        };
-        let held = match &self.by_hand {
-            Some(ByHand::Restore(clerk)) => super::by_hand::restore(clerk, &job),
-            _ => {
-                prepared::begins(store.dir(), container)?;
-                agent.host.restore(&job)
-            }
-        };
-        let held = held.map_err(|e| format!("restoring the container: {e}"));
-        let missing = match (nursery.as_mut(), &held) {
-            (Some(nursery), Ok(_)) => nursery.disarm().and_then(|()| nursery.missing()),
-            (Some(nursery), Err(_)) => nursery.disarm().map(|()| Vec::new()),
-            (None, _) => Ok(Vec::new()),
-        };
-        let held = held?;
-        match self.settle(agent, nursery, store, held.init(), missing) {
-            Ok(()) => Ok((held, wire)),
-            Err(why) => {
-                give_up(held);
-                Err(why)
-            }
-        }
-    }
-
-    /// Nothing is missing, and an agent that is started after this one will know what to do.
-    fn settle(
-        &mut self,
-        agent: &Agent,
-        nursery: &mut Option<Box<dyn Nursery>>,
-        store: &Store,
-        init: i32,
-        missing: super::host::Result<Vec<String>>,
-    ) -> Result<(), String> {
-        let incubator = |e: super::host::HostError| format!("the incubator: {e}");
-        if self.offer.hand_over == HandOver::Rebuild {
-            self.rebuild = super::rebuild::Here::look(&store.images(), init)?;
-        }
-        let missing = missing.map_err(incubator)?;
-        if !missing.is_empty() {
-            return Err(format!("restored processes did not take all their RDMA objects: {}", missing.join(", ")));
-        }
-        self.adopted = nursery.as_mut().map_or(Ok(Vec::new()), |n| n.report()).map_err(incubator)?;
-        self.write_down(store, init, |note| note)?;
-        // Its later QPs get numbers of its own range from the first moment on.
-        agent.moved.host_guest(&self.offer.container, self.offer.lease).map_err(|e| chain(&e))
-    }
-
-    /// For the next agent.
-    fn write_down(&self, store: &Store, init: i32, stage: impl FnOnce(Note) -> Note) -> Result<(), String> {
-        let note = Note::new(&self.source, &self.offer, init, &self.adopted).given(store.somebody_elses());
-        stage(note).write(store.dir())
-    }
-
-    fn commit(
-        &mut self,
-        agent: &Agent,
-        id: MigrationId,
-        nursery: Option<Box<dyn Nursery>>,
-        store: Store,
-        mut held: Box<dyn Held>,
-        mut wire: Option<Box<dyn Wire>>,
-    ) -> (State, Result<Answer, Refusal>) {
-        let container = self.offer.container.clone();
-        let mut run = || -> Result<(), String> {
-            if let Some(wire) = &mut wire {
-                wire.up().map_err(|e| format!("the container's network: {e}"))?;
-            }
-            agent.doors.bump(&container).map_err(|e| format!("the container's directory: {e}"))?;
-            self.write_down(&store, held.init(), Note::decided)?;
-            held.release().map_err(|e| format!("letting the tasks run: {e}"))
-        };
-        if let Err(why) = run() {
-            return (State::Prepared { nursery, store, held, wire }, Err(failed(why)));
-        }
-        if let Some(landing) = self.landing.take() {
-            landing.keep();
-        }
-        agent.take_over(id, &container, &self.source);
-        if let Some(wire) = &mut wire
-            && let Err(e) = wire.announce()
-        {
-            // Neighbours find out by themselves, a little later.
-            eprintln!("container {container}: announcing its address: {e}");
-        }
-        (State::Running { nursery, store, held, keys: None }, Ok(Answer::Done))
-    }
-
-    fn adopt(
-        &mut self,
-        agent: &Agent,
-        id: MigrationId,
-        mut nursery: Option<Box<dyn Nursery>>,
-        store: Store,
-        held: Box<dyn Held>,
-    ) -> (State, Result<Answer, Refusal>) {
-        let container = self.offer.container.clone();
-        let there = alive(agent, &container, held.init(), self.adopted.clone(), |a| a.vpid);
-        let keys = adopt(agent, id, &container, there).and_then(|keys| {
-            self.write_down(&store, held.init(), |note| note.with_keys(&keys))?;
-            Ok(keys)
-        });
-        match keys {
-            Ok(keys) => {
-                if let Some(nursery) = nursery.take()
-                    && let Err(e) = nursery.release()
-                {
-                    eprintln!("container {container}: the incubator's end: {e}");
-                }
-                let answer = Answer::Adopted { keys: keys.clone() };
-                (State::Running { nursery, store, held, keys: Some(keys) }, Ok(answer))
-            }
-            Err(why) => (State::Running { nursery, store, held, keys: None }, Err(failed(why))),
-        }
-    }
-
-    fn finish(&mut self, agent: &Agent, id: MigrationId, nursery: Option<Box<dyn Nursery>>, store: Store) {
-        let container = &self.offer.container;
-        if let Some(nursery) = nursery {
-            let _ = nursery.release();
-        }
-        let _ = fs::remove_file(agent.doors.of(container).join(INCUBATOR));
-        if let Err(e) = store.remove() {
-            eprintln!("{id}: {}", chain(&e));
-        }
-        agent.let_go_of(id);
-        if self.offer.paused {
-            // As it was found on the source.
-            let frozen = agent.host.container(container).and_then(|c| agent.host.freeze(&c));
-            if let Err(e) = frozen {
-                eprintln!("container {container} could not be paused again: {e}");
-            }
-        }
-    }
-
-    pub(super) fn abandon(&mut self, agent: &Agent, state: State) {
-        let container = &self.offer.container;
-        let (nursery, store) = match state {
-            State::Prepared { nursery, store, held, wire } => {
-                give_up(held);
-                agent.moved.forget_guest(container);
-                drop(wire);
-                (nursery, Some(store))
-            }
-            State::Gathering { nursery, store } => (nursery, store),
-            State::Running { .. } | State::Gone => (None, None),
-        };
-        // Its objects vanish with it.
-        let nursed = nursery.is_some();
-        drop(nursery);
-        if let Some(store) = store
-            && let Err(e) = store.remove()
-        {
-            eprintln!("{}", chain(&e));
-        }
-        if nursed && agent.host.container(container).is_err() {
-            remove_dir(agent.doors.of(container));
-        }
-        let nobody = agent.host.container(container).is_err();
-        if self.memory.take().is_some() && nobody {
-            agent.host.drop_memory_files(container);
-        }
-        if std::mem::take(&mut self.shown) && nobody {
-            agent.host.show_no_more(container);
-        }
-        if let Some(landing) = self.landing.take() {
-            landing.remove();
-        }
-    }
-}
-
-pub(super) fn remove_dir(dir: PathBuf) {
-    match fs::remove_dir_all(&dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => eprintln!("{}: {e}", dir.display()),
-        _ => {}
-    }
-}
-
-fn give_up(held: Box<dyn Held>) {
-    if let Err(e) = held.abandon() {
-        eprintln!("removing what was restored: {e}");
-    }
-}
-
-/// What each GID of the processes' tables is here.
-pub(super) fn gids<'a>(
-    contexts: impl Iterator<Item = (Vpid, ObjId, &'a [SgidMap])>,
-    states: &[ProcessState],
-) -> Vec<BornGid> {
-    let mut gids = Vec::new();
-    for (vpid, id, maps) in contexts {
-        let state = states.iter().filter(|s| s.vpid == vpid).flat_map(|s| &s.contexts).find(|c| c.id == id);
-        for entry in state.iter().flat_map(|c| &c.gids) {
-            let map = maps.iter().find(|m| m.port == entry.port && u16::from(m.virtual_index) == entry.index);
-            let born = map.map(|m| BornGid { vpid, vgid: entry.gid, pgid: m.physical });
-            gids.extend(born.filter(|b| !gids.contains(b)));
-        }
-    }
-    gids
-}
-
-/// QP numbers and addresses for the source's plan. A QP's packets come from the GID its application chose, at that
-/// entry's place on this host.
-fn born(made: &[AdoptedProcess], states: &[ProcessState]) -> Result<Vec<BornQp>, String> {
-    let mut qps = Vec::new();
-    for process in made {
-        let of = |c: ObjId| states.iter().find(|s| s.vpid == process.vpid)?.contexts.iter().find(|x| x.id == c);
-        for context in &process.contexts {
-            for qp in &context.qps {
-                let asked = of(context.id).and_then(|c| c.qps.iter().find(|q| q.id == qp.id));
-                let entry = asked.and_then(|q| {
-                    let fits = |s: &&SgidMap| s.port == q.attr.port_num && s.virtual_index == q.attr.sgid_index;
-                    context.sgid_index.iter().find(fits)
-                });
-                // One that is not connected sends from nowhere yet: whoever connects to it goes by the GID it was told.
-                let Some(pgid) = entry.or(context.sgid_index.first()).map(|s| s.physical) else {
-                    return Err(format!("device {} has no GID of the kind its QPs use", context.device));
-                };
-                qps.push(BornQp {
-                    vpid: process.vpid,
-                    context: context.id,
-                    qp: qp.id,
-                    vqpn: qp.vqpn,
-                    pqpn: qp.pqpn,
-                    pgid,
-                });
-            }
-        }
-    }
-    Ok(qps)
 }

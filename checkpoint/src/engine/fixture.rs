@@ -181,7 +181,7 @@ impl Host for IdleHost {
         Ok(None)
     }
     fn forget(&self, _: &Container) -> Result<()> {
-        never()
+        Ok(())
     }
     fn wire(&self, _: &Path, _: Option<i32>) -> Result<Option<Box<dyn Wire>>> {
         never()

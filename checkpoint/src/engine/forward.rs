@@ -75,16 +75,21 @@ pub(super) fn kill_what_is_left(container: &Container) {
 }
 
 impl Run<'_> {
-    /// The point of no return: a record on disk. Then the tasks here end, and the destination lets its own run.
-    pub(super) fn commit(&mut self) -> Result<(), Stop> {
-        let forward = Forward {
+    /// What whoever goes on from the decision needs, on any host.
+    pub(super) fn onward(&self) -> Forward {
+        Forward {
             plan: self.plan.clone(),
             states: self.states.clone(),
             lease: self.lease,
             hand_over: self.hand_over,
-            container: self.container.clone(),
+            container: None,
             image: None,
-        };
+        }
+    }
+
+    /// The point of no return: a record on disk. Then the tasks here end, and the destination lets its own run.
+    pub(super) fn commit(&mut self) -> Result<(), Stop> {
+        let forward = Forward { container: self.container.clone(), ..self.onward() };
         self.world.host().gone_to(&self.request.container, Some(&self.to));
         self.effects.dumped = true;
         self.decide(&forward)?;

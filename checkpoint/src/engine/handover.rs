@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::host::{DumpJob, HostError};
 use super::precopy;
 use super::source::{Run, Stop, confused};
+use crate::agent::LOCAL;
 use crate::image::{self, ImagedProcess, RdmaImage, Secret, SourceDevice, SourceGid};
 use crate::net::msg::{Answer, Order};
 use crate::phase::Phase;
@@ -167,7 +168,13 @@ impl Run<'_> {
     pub(super) fn restore(&mut self) -> Result<(), Stop> {
         let files = self.sent.files;
         let deadline = Duration::from_secs(self.world.config().deadlines.restore) + self.answer_time();
-        match self.ask_destination(Order::Restore { files }, deadline)? {
+        let failed = |e: serde_json::Error| Stop::Failed(format!("the plan cannot be written down: {e}"));
+        // Of a restore by command this host has the record.
+        let onward = match self.to == LOCAL {
+            true => Vec::new(),
+            false => serde_json::to_vec(&self.onward()).map_err(failed)?,
+        };
+        match self.ask_destination(Order::Restore { files, onward }, deadline)? {
             Answer::Done => Ok(()),
             _ => Err(confused("the destination", "restore")),
         }

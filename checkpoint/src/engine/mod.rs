@@ -46,10 +46,12 @@
 //! | [`handover`] | dump, transfer, restore |
 //! | [`forward`] | commit and everything after it |
 //! | [`rebuild`] | objects that the moved processes make by themselves |
-//! | [`dest`] | the receiving side: one state machine per migration |
+//! | [`dest`], `steps` | the receiving side: one state machine per migration, and what it does with each order |
+//! | `born` | what the receiving side's new objects are called there |
 //! | `prepared` | what the receiving side writes down, so that a restarted agent goes on from it |
 //! | [`orphans`] | arrivals whose source has gone quiet |
 //! | `forsaken` | containers that were taken back while this host could not be reached |
+//! | `superseded` | containers that a destination took over while this host could not be reached |
 //! | [`arrivals`] | what arrives, for those who look on |
 //! | [`park`], [`revive`] | by command instead: to disk, and from there |
 //! | `revived` | a restore by command whose agent was restarted |
@@ -59,9 +61,12 @@
 //! | [`store`] | where an arriving image is put |
 //! | [`recover`] | what an agent does about migrations it finds when it starts |
 //! | [`take_back`] | by command, on the source: a committed migration whose destination is gone |
+//! | `take_over` | by command, on the destination: a migration whose source is gone |
+//! | `gone` | whether the other host is gone, as far as can be found out |
 
 pub mod arrivals;
 pub mod attempts;
+mod born;
 pub mod by_hand;
 pub mod check;
 mod copy;
@@ -72,6 +77,7 @@ pub mod elf;
 pub mod fixture;
 mod forsaken;
 pub mod forward;
+mod gone;
 pub mod handover;
 pub mod host;
 mod landing;
@@ -95,8 +101,11 @@ pub mod setup;
 mod shipping;
 mod shown;
 pub mod source;
+mod steps;
 pub mod store;
+pub(crate) mod superseded;
 pub mod take_back;
+pub(crate) mod take_over;
 pub mod world;
 
 use std::sync::{Mutex, PoisonError};
@@ -173,8 +182,8 @@ enum Wish {
     Stop(String),
     /// Committed: wishes are void.
     TooLate,
-    /// Committed, and an administrator gave it up all the same.
-    GivenUp,
+    /// An administrator gave it up, committed or not, and this is why.
+    GivenUp(String),
 }
 
 impl Cancel {
@@ -190,13 +199,21 @@ impl Cancel {
         }
     }
 
-    /// Whoever works on a committed migration stops where it is. Nothing is undone.
-    pub fn give_up(&self) {
-        *self.wish() = Wish::GivenUp;
+    /// Whoever works on a committed migration stops where it is, and nothing is undone.
+    pub fn give_up(&self, why: &str) {
+        *self.wish() = Wish::GivenUp(why.into());
     }
 
     pub fn is_given_up(&self) -> bool {
-        matches!(*self.wish(), Wish::GivenUp)
+        matches!(*self.wish(), Wish::GivenUp(_))
+    }
+
+    /// Why it was given up, if it was.
+    pub fn given_up(&self) -> Option<String> {
+        match &*self.wish() {
+            Wish::GivenUp(why) => Some(why.clone()),
+            _ => None,
+        }
     }
 
     /// Why to stop, if somebody wants to.
@@ -211,8 +228,8 @@ impl Cancel {
     pub fn seal(&self) -> Result<(), String> {
         let mut wish = self.wish();
         match &*wish {
-            Wish::Stop(why) => Err(why.clone()),
-            _ => {
+            Wish::Stop(why) | Wish::GivenUp(why) => Err(why.clone()),
+            Wish::None | Wish::TooLate => {
                 *wish = Wish::TooLate;
                 Ok(())
             }
@@ -235,7 +252,7 @@ mod tests {
         late.set("a");
         assert_eq!(late.why(), None);
         assert!(!late.is_given_up());
-        late.give_up();
+        late.give_up("an administrator");
         assert!(late.is_given_up());
     }
 }

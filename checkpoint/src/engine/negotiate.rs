@@ -93,6 +93,8 @@ impl Run<'_> {
     /// The record of a migration that has something to undo.
     pub(super) fn write_record(&mut self) -> Result<(), Stop> {
         self.record.peers = self.plan.peer_containers();
+        // Whoever has to end a copy of it later ends this one, and no other container of its name.
+        self.record.plan = serde_json::to_value(&self.container).unwrap_or_default();
         self.world.records().write(&self.record).map_err(|e| Stop::Failed(crate::agent::chain(&e)))?;
         self.effects.recorded = true;
         Ok(())

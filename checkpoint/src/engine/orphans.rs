@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rdma_virt::id::MigrationId;
 
 use super::dest::{Entry, QUIET, State, obey};
-use super::revive;
+use super::{revive, take_over};
 use crate::agent::{Agent, chain, lock};
 use crate::net::msg::{Answer, Fate, Order};
 
@@ -21,7 +21,7 @@ pub fn look_after(agent: &Agent) {
             revive::look_after(agent, id, &entry);
             continue;
         }
-        if arrival.heard.elapsed() < QUIET {
+        if arrival.heard.elapsed() < QUIET || take_over::happened(agent, id) {
             continue;
         }
         let (source, may_give_up) = (
@@ -38,19 +38,25 @@ pub fn look_after(agent: &Agent) {
             Ok(Answer::Fate(Fate::Finished)) if runs => Order::Finish,
             Ok(Answer::Fate(Fate::Finished)) => Order::Commit,
             Ok(_) => {
-                lock(&entry.arrival).heard = Instant::now();
+                let mut arrival = lock(&entry.arrival);
+                (arrival.heard, arrival.silent) = (Instant::now(), false);
                 continue;
             }
             Err(_) if may_give_up => Order::Abandon,
             Err(e) => {
                 eprintln!("{id}: its source is silent: {}", chain(&e));
+                let mut arrival = lock(&entry.arrival);
+                arrival.silent = true;
                 if runs {
                     // It waits for nothing but the end.
-                    lock(&entry.arrival).heard = Instant::now();
+                    arrival.heard = Instant::now();
                 }
                 continue;
             }
         };
+        if take_over::happened(agent, id) {
+            continue;
+        }
         eprintln!("{id} of container {}: {} after asking its source", entry.container, order.name());
         if let Err(e) = obey(agent, None, id, order) {
             eprintln!("{id}: {e}");

@@ -179,7 +179,7 @@ pub fn take_up(agent: &Agent) {
     for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
         let path = entry.path();
         if store::is_over(&path) {
-            super::dest::remove_dir(path);
+            super::steps::remove_dir(path);
             continue;
         }
         let id = entry.file_name().to_str().and_then(|name| name.parse::<MigrationId>().ok());
@@ -212,7 +212,7 @@ pub fn take_up(agent: &Agent) {
                     eprintln!("{}: removing what was restored: {e}", path.display());
                 }
                 remove_broken_off(agent, &path);
-                super::dest::remove_dir(path);
+                super::steps::remove_dir(path);
             }
         }
     }

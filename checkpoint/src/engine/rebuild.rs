@@ -148,7 +148,7 @@ impl Here {
     /// What each GID of the processes' tables is here.
     pub fn gids(&self) -> Vec<BornGid> {
         let contexts = self.places.iter().flat_map(|p| p.contexts.iter().map(|c| (p.vpid, c.id, &c.sgid_index[..])));
-        super::dest::gids(contexts, &self.states)
+        super::born::gids(contexts, &self.states)
     }
 
     /// Where packets of this QP come from.

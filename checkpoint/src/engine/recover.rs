@@ -63,9 +63,10 @@ pub fn run(agent: &Arc<Agent>) {
             State::Committed => match record.kind {
                 Kind::Migration => finish,
                 Kind::Checkpoint => |agent, record, _| super::park::finish_parked(agent, record),
-                Kind::Restore => super::revived::go_on,
+                Kind::Restore | Kind::TakeOver => super::revived::go_on,
             },
-            State::TakenBack if !record.told => super::take_back::tell_destination,
+            State::TakenBack if !record.told => super::take_back::tell_other_end,
+            State::Finished if record.kind == Kind::TakeOver && !record.told => super::take_back::tell_other_end,
             State::Finished | State::Aborted | State::TakenBack => continue,
         };
         let Some(id) = record.id() else { continue };

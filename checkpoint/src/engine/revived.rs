@@ -13,6 +13,8 @@
 //! | decided | decided, of another boot | | the tasks ended with this host | given up |
 //!
 //! Undone means that the image can be restored again, as long as peers wait for it; given up, that it is used up.
+//!
+//! A container that was taken over from a source that is gone ([`super::take_over`]) is gone on with in the same way.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,8 +30,12 @@ use crate::net::msg::Order;
 use crate::record::{Kind, Record, State};
 
 /// Deals with a restore that was decided.
-pub(super) fn go_on(agent: &Arc<Agent>, record: Record, cancel: &Cancel) {
+pub(super) fn go_on(agent: &Arc<Agent>, mut record: Record, cancel: &Cancel) {
     let Some(id) = record.id() else { return };
+    if record.kind == Kind::TakeOver && !record.told && agent.desk.has(id) {
+        // A source that is back may let a copy of its own run.
+        record.told = take_back::tell_once(agent, id, &record);
+    }
     if held_by_nobody(agent, id) {
         eprintln!("{id} of container {}: the command that held it has ended, and its tasks with it", record.container);
         if let Err(e) = dest::obey(agent, None, id, Order::Abandon) {
@@ -88,7 +94,8 @@ fn give_up(agent: &Arc<Agent>, mut record: Record) {
         }
     }
     agent.let_go_of(id);
-    record.state = State::Finished;
+    // Nothing lives here of one that was taken over: its source may still have an image of it.
+    record.state = if record.kind == Kind::TakeOver { State::Aborted } else { State::Finished };
     record.why = Some("what was restored ended before all ends were connected".into());
     record.plan = serde_json::Value::Null;
     if let Err(e) = agent.records.write(&record) {

@@ -26,10 +26,10 @@ use super::shipping::Sent;
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::admin::Event;
-use crate::agent::chain;
 use crate::agent::metrics::{Operation, Outcome};
 use crate::agent::shims::ShimError;
 use crate::agent::under_way::{Role, Seen, Stage};
+use crate::agent::{LOCAL, chain};
 use crate::image::HandOver;
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, DeviceFacts, Lease, Order, Refusal};
@@ -327,9 +327,10 @@ impl<'a> Run<'a> {
         self.effects.claimed = record.peers.iter().map(|(agent, _)| agent.clone()).collect();
         self.effects.images = Some(self.world.config().state_dir.join("outgoing").join(&record.id));
         self.container = container;
-        self.to = record.to.clone();
+        self.to = if record.kind == Kind::TakeOver { LOCAL.to_owned() } else { record.to.clone() };
         let (role, other) = match record.kind {
             Kind::Restore => (Role::Destination, "an image"),
+            Kind::TakeOver => (Role::Destination, record.to.as_str()),
             Kind::Migration | Kind::Checkpoint => (Role::Source, record.to.as_str()),
         };
         self.seen = Some(self.world.under_way().begin(self.id, &record.container, role, other));
@@ -347,6 +348,8 @@ impl<'a> Run<'a> {
         self.phase(Phase::Finish, Self::finish)?;
         match self.record.kind {
             Kind::Restore => self.world.metrics().image(Operation::Restore, Outcome::FinishedLater),
+            // It has arrived, as after any migration.
+            Kind::TakeOver => {}
             Kind::Migration | Kind::Checkpoint => {
                 self.world.metrics().migration(Role::Source, Outcome::FinishedLater);
             }
@@ -461,10 +464,8 @@ impl<'a> Run<'a> {
 
     /// An error if somebody wants to stop.
     pub(super) fn wanted(&self) -> Result<(), Stop> {
-        if self.cancel.is_given_up() {
-            return Err(Stop::Failed(
-                "an administrator takes the container back, because its destination is gone".into(),
-            ));
+        if let Some(why) = self.cancel.given_up() {
+            return Err(Stop::Failed(why));
         }
         match self.cancel.why() {
             Some(why) if !self.effects.committed => Err(Stop::Failed(why)),

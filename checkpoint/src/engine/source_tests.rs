@@ -567,7 +567,7 @@ fn a_committed_one_that_is_given_up_stops_where_it_is_and_its_image_and_record_s
             while fake.records.read(ID).unwrap().is_none_or(|r| r.state != State::Committed) {
                 thread::sleep(Duration::from_millis(10));
             }
-            cancel.give_up();
+            cancel.give_up("an administrator takes the container back");
         });
         Run::new(&fake, ID, &request, &cancel, &silence).run()
     });

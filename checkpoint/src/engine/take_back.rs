@@ -14,7 +14,6 @@
 use std::collections::BTreeSet;
 use std::collections::hash_map::Entry;
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -25,26 +24,20 @@ use serde::{Deserialize, Serialize};
 
 use super::by_hand::Clerk;
 use super::forward::{Forward, kill_what_is_left};
+use super::gone::{self, ANSWER, Sight};
 use super::host::Container;
 use super::revive::{self, Found, RestoreRequest};
 use super::source::End;
 use super::world::World;
-use super::{Cancel, Progress};
+use super::{Cancel, Progress, take_over};
 use crate::agent::admin::Event;
-use crate::agent::{Agent, LOCAL, chain, lock};
+use crate::agent::{Agent, chain, lock};
 use crate::memory_image;
 use crate::net::client::CallError;
-use crate::net::frame::FrameError;
 use crate::net::msg::{Answer, Order};
 use crate::record::{Kind, Record, State};
 
-/// For the word of an agent on whether somebody is there.
-const ANSWER: Duration = Duration::from_secs(10);
-
-/// Times the destination is asked: connections kept from earlier say nothing about it now.
-const TIMES: u32 = 3;
-
-/// How long it is tried in a row to tell a destination, about as long as until the next series of tries,
+/// How long it is tried in a row to tell the other end, about as long as until the next series of tries,
 const TELL: Duration = Duration::from_secs(25);
 
 /// and the time between two tries.
@@ -52,6 +45,9 @@ const BETWEEN: Duration = Duration::from_secs(1);
 
 /// Until whoever works on the migration has stopped; it may wait for the destination's silence, and for peers.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Why.
+const STOPS: &str = "an administrator takes the container back, because its destination is gone";
 
 /// Between two looks whether it has.
 const LOOK: Duration = Duration::from_millis(100);
@@ -65,6 +61,9 @@ pub struct RecoverRequest {
     /// The administrator is sure; otherwise it is only explained.
     #[serde(default)]
     pub destination_is_gone: bool,
+    /// The same, on a destination.
+    #[serde(default)]
+    pub source_is_gone: bool,
 }
 
 /// What an administrator who looks on can do, if it comes to that.
@@ -87,30 +86,16 @@ enum Heard {
     Silence(String),
 }
 
-impl From<Result<Answer, CallError>> for Heard {
-    fn from(answer: Result<Answer, CallError>) -> Self {
-        let e = match answer {
-            Ok(Answer::Has(true)) => return Heard::Holds,
-            Ok(Answer::Has(false)) => return Heard::Lost,
-            Ok(_) => return Heard::Odd("it answers with something else".into()),
-            Err(e) => e,
-        };
-        let silent = match &e {
-            // A kernel that says so is alive, whatever became of the agent.
-            CallError::Dial { source, .. } if source.kind() == ErrorKind::ConnectionRefused => {
-                return Heard::Odd(
-                    "its host refuses the connection, so it is there, and only its agent is not; start that, or switch \
-                     the host off"
-                        .into(),
-                );
-            }
-            CallError::Dial { .. } => true,
-            CallError::Talk { source, .. } => {
-                matches!(source, FrameError::Closed | FrameError::Io(_) | FrameError::TimedOut | FrameError::Silent(_))
-            }
-            _ => false,
-        };
-        if silent { Heard::Silence(chain(&e)) } else { Heard::Odd(chain(&e)) }
+impl From<Sight> for Heard {
+    fn from(sight: Sight) -> Self {
+        match sight {
+            Sight::Answers(Answer::Has(true)) => Heard::Holds,
+            Sight::Answers(Answer::Has(false)) => Heard::Lost,
+            Sight::Answers(_) => Heard::Odd("it answers with something else".into()),
+            Sight::Odd(why) => Heard::Odd(why),
+            Sight::Elsewhere(by) => Heard::Elsewhere(by),
+            Sight::Silence(why) => Heard::Silence(why),
+        }
     }
 }
 
@@ -168,43 +153,19 @@ fn find(records: Vec<Record>, name: &str) -> Result<Record, String> {
     }
 }
 
-/// The destination first, and where it is silent everybody who may reach it.
 fn ask(agent: &Agent, id: MigrationId, record: &Record) -> Heard {
-    let mut heard = Heard::Silence(String::new());
-    for _ in 0..TIMES {
-        let answer = agent.call(&record.to, Some(id), Order::Holds, ANSWER);
-        let again = matches!(answer, Err(CallError::Talk { .. }));
-        heard = answer.into();
-        if !again {
-            break;
-        }
-    }
-    if !matches!(heard, Heard::Silence(_)) {
-        return heard;
-    }
-    let met = lock(&agent.met).clone();
-    let others: BTreeSet<String> = record.peers.iter().map(|(at, _)| at.clone()).chain(met).collect();
-    let reaches = |at: &String| {
-        let order = Order::Reaches { at: record.to.clone() };
-        matches!(agent.call(at, None, order, ANSWER), Ok(Answer::Has(true))).then(|| at.clone())
-    };
-    let by: Vec<String> = thread::scope(|scope| {
-        let others = others.iter().filter(|at| **at != LOCAL && **at != record.to);
-        let asked: Vec<_> = others.map(|at| scope.spawn(move || reaches(at))).collect();
-        asked.into_iter().filter_map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
-    });
-    if by.is_empty() { heard } else { Heard::Elsewhere(by) }
+    gone::look(agent, id, &record.to, &Order::Holds, record.peers.iter().map(|(at, _)| at)).into()
 }
 
 /// While it lives nobody else works on the migration.
-struct Slot<'a> {
+pub(super) struct Slot<'a> {
     agent: &'a Agent,
     id: MigrationId,
 }
 
 impl<'a> Slot<'a> {
     /// Whoever works on it still tries to reach the destination, and stops.
-    fn take(agent: &'a Agent, id: MigrationId, cancel: &Cancel) -> Result<Self, String> {
+    pub(super) fn take(agent: &'a Agent, id: MigrationId, why: &str, cancel: &Cancel) -> Result<Self, String> {
         let until = Instant::now() + PATIENCE;
         loop {
             match lock(&agent.running).entry(id) {
@@ -212,7 +173,7 @@ impl<'a> Slot<'a> {
                     free.insert(Arc::default());
                     return Ok(Slot { agent, id });
                 }
-                Entry::Occupied(at) => at.get().give_up(),
+                Entry::Occupied(at) => at.get().give_up(why),
             }
             if let Some(why) = cancel.why() {
                 return Err(why);
@@ -251,14 +212,22 @@ fn try_recover(
     progress: &dyn Progress,
 ) -> Result<End, String> {
     let (records, _) = agent.records.all().map_err(|e| chain(&e))?;
-    let seen = find(records, &request.container)?;
+    let seen = match find(records, &request.container) {
+        Ok(seen) => seen,
+        Err(none) => {
+            return take_over::try_take_over(agent, request, cancel, progress).unwrap_or(Err(none));
+        }
+    };
+    if request.source_is_gone {
+        return Err("this host is the source itself; it is the destination that may be gone".into());
+    }
     let id = seen.id().ok_or_else(|| format!("{:?} is no id of a migration", seen.id))?;
     let note = |text: String| progress.event(Event::Note { text });
     let sure = request.destination_is_gone;
     if seen.state == State::Committed {
         allowed(&seen, &ask(agent, id, &seen), sure)?;
     }
-    let _slot = Slot::take(agent, id, cancel)?;
+    let _slot = Slot::take(agent, id, STOPS, cancel)?;
     let found = agent.records.read(id).map_err(|e| chain(&e))?;
     let mut record = found.filter(is_open).ok_or("its migration has ended meanwhile; see `migrrdma status`")?;
     let kept = Kept::look(agent, id, &record)?;
@@ -311,7 +280,7 @@ pub(super) fn restored_later(agent: &Agent, id: MigrationId, cancel: &Cancel) {
     let closed = || match open()? {
         Some(record) if is_open(&record) => {
             // Whoever still tells the destination writes the record, too.
-            let _slot = Slot::take(agent, id, cancel)?;
+            let _slot = Slot::take(agent, id, STOPS, cancel)?;
             open()?.map_or(Ok(()), |record| close(agent, id, record))
         }
         _ => Ok(()),
@@ -441,28 +410,51 @@ fn tell_peers(agent: &Agent, id: MigrationId, record: &Record) -> Vec<String> {
 }
 
 /// A destination that comes back asks, after a while; and it may not know that there is anything to ask: it had
-/// finished, and its answer was lost. So it is tried again and again to tell it, and what it has of the container
-/// lives no longer than a few seconds. Called every now and then, until it has heard it.
-pub(super) fn tell_destination(agent: &Arc<Agent>, mut record: Record, cancel: &Cancel) {
+/// finished, and its answer was lost. A source that comes back does what its record says. So it is tried again and again
+/// to tell them, and what they have of the container lives no longer than a few seconds. Called every now and then, until
+/// it was heard.
+pub(super) fn tell_other_end(agent: &Arc<Agent>, mut record: Record, cancel: &Cancel) {
     let Some(id) = record.id() else { return };
     let until = Instant::now() + TELL;
     while !cancel.is_given_up() && Instant::now() < until {
-        let order = Order::TakenBack { container: record.container.clone() };
-        match agent.call(&record.to, Some(id), order, ANSWER) {
-            Ok(_) => {
-                eprintln!("{id} of container {}: {} knows that it was taken back", record.container, record.to);
-                record.told = true;
-                if let Err(e) = agent.records.write(&record) {
-                    eprintln!("{}", chain(&e));
-                }
-                return;
+        if tell_once(agent, id, &record) {
+            record.told = true;
+            if let Err(e) = agent.records.write(&record) {
+                eprintln!("{}", chain(&e));
             }
-            Err(e @ CallError::Refused { .. }) => eprintln!("{id}: {}", chain(&e)),
-            // It is silent, as it was.
-            Err(_) => {}
+            return;
         }
         thread::sleep(BETWEEN);
     }
+}
+
+/// Whether it has heard it by now.
+pub(super) fn tell_once(agent: &Agent, id: MigrationId, record: &Record) -> bool {
+    let container = record.container.clone();
+    let (order, what) = match record.kind {
+        Kind::TakeOver => (Order::TakenOver { container }, "over"),
+        _ => (Order::TakenBack { container }, "back"),
+    };
+    match agent.call(&record.to, Some(id), order, ANSWER) {
+        Ok(_) => {}
+        Err(e) => {
+            // One that is silent is silent, as it was.
+            if matches!(e, CallError::Refused { .. }) {
+                eprintln!("{id}: {}", chain(&e));
+            }
+            return false;
+        }
+    }
+    eprintln!("{id} of container {}: {} knows that it was taken {what}", record.container, record.to);
+    let mut news = agent.moved.all();
+    news.retain(|process| process.container == record.container);
+    if record.kind == Kind::TakeOver
+        && let Err(e) = agent.call(&record.to, Some(id), Order::Moved(news), ANSWER)
+    {
+        // It asks its way through.
+        eprintln!("{id}: {}", chain(&e));
+    }
+    true
 }
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! When a committed migration may be taken back, and what others hear of it then.
 
 use super::*;
+use crate::agent::LOCAL;
 use crate::engine::fixture::idle_agent;
 use crate::engine::recover::fate;
-use crate::net::msg::{Fate, Refusal};
-use std::io;
+use crate::net::msg::Fate;
 
 const ID: MigrationId = MigrationId([7; 16]);
 
@@ -14,39 +14,13 @@ fn record(state: State) -> Record {
     record
 }
 
-fn dial(kind: ErrorKind) -> CallError {
-    CallError::Dial { at: "10.0.0.2:7477".into(), source: io::Error::from(kind) }
-}
-
-fn talk(source: FrameError) -> CallError {
-    CallError::Talk { at: "10.0.0.2:7477".into(), order: "holds", source }
-}
-
 #[test]
-fn only_a_host_that_says_nothing_at_all_is_silent() {
-    let heard = |answer: Result<Answer, CallError>| Heard::from(answer);
-    assert_eq!(heard(Ok(Answer::Has(true))), Heard::Holds);
-    assert_eq!(heard(Ok(Answer::Has(false))), Heard::Lost);
-    for silent in [
-        dial(ErrorKind::TimedOut),
-        dial(ErrorKind::HostUnreachable),
-        talk(FrameError::Silent(ANSWER)),
-        talk(FrameError::TimedOut),
-        talk(FrameError::Closed),
-    ] {
-        assert!(matches!(heard(Err(silent)), Heard::Silence(_)));
-    }
-    let refused = Refusal::Failed("it cannot".into());
-    for there in [
-        dial(ErrorKind::ConnectionRefused),
-        talk(FrameError::Version { theirs: 1, ours: 2 }),
-        CallError::Tls { at: "10.0.0.2:7477".into(), source: FrameError::Closed },
-        CallError::NoIdentity("none made".into()),
-        CallError::Refused { at: "10.0.0.2:7477".into(), order: "holds", refusal: refused },
-    ] {
-        let text = there.to_string();
-        assert!(matches!(heard(Err(there)), Heard::Odd(_)), "{text}");
-    }
+fn what_a_destination_says_of_the_container_is_understood() {
+    let heard = |answer| Heard::from(Sight::Answers(answer));
+    assert_eq!(heard(Answer::Has(true)), Heard::Holds);
+    assert_eq!(heard(Answer::Has(false)), Heard::Lost);
+    assert!(matches!(heard(Answer::Done), Heard::Odd(_)));
+    assert_eq!(Heard::from(Sight::Silence("no route".into())), Heard::Silence("no route".into()));
 }
 
 #[test]
@@ -139,9 +113,9 @@ fn whoever_works_on_it_is_told_to_stop_and_nobody_else_begins() {
             }
             lock(&agent.running).remove(&ID);
         });
-        let slot = Slot::take(&agent, ID, &cancel).unwrap();
+        let slot = Slot::take(&agent, ID, STOPS, &cancel).unwrap();
         late.set("Ctrl-C");
-        assert_eq!(Slot::take(&agent, ID, &late).err(), Some("Ctrl-C".into()), "it is taken");
+        assert_eq!(Slot::take(&agent, ID, STOPS, &late).err(), Some("Ctrl-C".into()), "it is taken");
         drop(slot);
         assert!(lock(&agent.running).is_empty());
     });

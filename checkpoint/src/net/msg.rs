@@ -21,7 +21,7 @@ use crate::image::{HandOver, Secret};
 use crate::likeness::Likeness;
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 9;
+pub const VERSION: u16 = 10;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -145,8 +145,13 @@ pub enum Order {
     /// What changed in them; all bytes together at most [`PIECE`]. → [`Answer::Done`]
     Pages(Vec<MemoryPages>),
     /// The image is complete, `files` counted over all rounds; restore, and hold at the last gate. → [`Answer::Done`]:
-    /// everything that can fail is done
-    Restore { files: u32 },
+    /// everything that can fail is done. `onward` is for the destination to keep, should it have to go on without its
+    /// source.
+    Restore {
+        files: u32,
+        #[serde(with = "serde_bytes")]
+        onward: Vec<u8>,
+    },
     /// The source has decided: bring the address up, let the tasks run. → [`Answer::Done`]. Repetition is harmless.
     Commit,
     /// Have every shim of the container point its objects at the new ones. → [`Answer::Adopted`]
@@ -171,6 +176,9 @@ pub enum Order {
     TakenBack { container: String },
     /// Of the destination: sysfs shall show the container these devices as it knew them. → [`Answer::Done`]
     Show { devices: Vec<Likeness> },
+    /// Of the source: the destination was told that its source is gone for good, and has the container: whatever of it is
+    /// still with you ends. → [`Answer::Done`], also for an unknown migration
+    TakenOver { container: String },
 }
 
 impl Order {
@@ -185,6 +193,7 @@ impl Order {
             Order::Fate => "fate",
             Order::Reaches { .. } => "reaches",
             Order::TakenBack { .. } => "taken-back",
+            Order::TakenOver { .. } => "taken-over",
             Order::Find { .. } => "find",
             Order::Claim { .. } => "claim",
             Order::Relay { .. } => "relay",

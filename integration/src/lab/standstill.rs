@@ -17,7 +17,7 @@ use super::topology::{HUB, NETS, NodeSpec};
 /// For a machine that goes on to answer again.
 const BACK: Duration = Duration::from_secs(60);
 
-/// The switch of one machine. Dropped while it stands still, it goes on.
+/// The switch of one machine. Dropped while it stands still or is cut off, it goes on.
 #[derive(Debug)]
 pub struct Standstill {
     lab: Lab,
@@ -25,6 +25,7 @@ pub struct Standstill {
     monitor: Qmp,
     hub: Qmp,
     still: bool,
+    pulled: bool,
 }
 
 impl Standstill {
@@ -34,15 +35,21 @@ impl Standstill {
         let lab = Lab::attach()?;
         let connect = |spec| Qmp::connect(&lab.machine(spec)?.monitor, Duration::from_secs(10));
         let (monitor, hub) = (connect(spec)?, connect(NodeSpec::by_name(HUB)?)?);
-        Ok(Self { node: lab.node(spec.name)?, lab, monitor, hub, still: false })
+        Ok(Self { node: lab.node(spec.name)?, lab, monitor, hub, still: false, pulled: false })
     }
 
     /// From now on nothing of it moves. Nobody may ask it for anything.
     pub fn begin(&mut self) -> Result<()> {
+        self.pull()?;
         self.still = true;
-        self.links(false)?;
         self.monitor.command("stop", json!({})).with_context(|| format!("stop {}", self.node.name()))?;
         Ok(())
+    }
+
+    /// From now on nobody hears it, and it hears nobody; it goes on, and does what the lab tells it.
+    pub fn pull(&mut self) -> Result<()> {
+        self.pulled = true;
+        self.links(false)
     }
 
     /// The hub's ends of its links.
@@ -62,9 +69,14 @@ impl Standstill {
     }
 
     fn go_on(&mut self) -> Result<()> {
-        self.monitor.command("cont", json!({})).with_context(|| format!("continue {}", self.node.name()))?;
-        self.links(true)?;
-        self.still = false;
+        if self.still {
+            self.monitor.command("cont", json!({})).with_context(|| format!("continue {}", self.node.name()))?;
+            self.still = false;
+        }
+        if self.pulled {
+            self.links(true)?;
+            self.pulled = false;
+        }
         Ok(())
     }
 }
@@ -72,9 +84,7 @@ impl Standstill {
 impl Drop for Standstill {
     fn drop(&mut self) {
         // Whoever looks at the node after a failure would wait for ever.
-        if self.still
-            && let Err(e) = self.go_on()
-        {
+        if let Err(e) = self.go_on() {
             eprintln!("{e:#}");
         }
     }

@@ -1,5 +1,6 @@
-//! `recover`: has the agent of this host give a migration up whose destination is gone, and restores what it has kept
-//! of the container. A monitor owns the restored container, as it does after any migration.
+//! `recover`: has the agent of this host end a migration whose other end is gone. On the source it gives the migration up,
+//! and this program restores what was kept of the container; a monitor owns it, as after any migration. On the destination
+//! the agent lets run what it has restored.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,7 +9,7 @@ use anyhow::{Context, Result};
 use checkpoint::agent::config::Config;
 use checkpoint::engine::take_back::RecoverRequest;
 
-use crate::by_agent::{self, How};
+use crate::by_agent::{self, How, Recovered};
 use crate::cli::{Global, RecoverArgs};
 use crate::migration_host::by_systemd;
 use crate::starter::RestoreOrder;
@@ -17,12 +18,15 @@ use crate::{criu_plan, store};
 pub fn run(args: &RecoverArgs, global: &Global) -> Result<i32> {
     let config = Config::load(args.config.as_deref())?;
     let root = std::path::absolute(super::root(global)).context("no current directory")?;
-    let request = RecoverRequest { container: args.id.clone(), destination_is_gone: args.destination_is_gone };
+    let RecoverArgs { destination_is_gone, source_is_gone, .. } = *args;
+    let request = RecoverRequest { container: args.id.clone(), destination_is_gone, source_is_gone };
     let how = |id: &str, images: &Path, bundle: &Path| {
         order(&root, id, images, bundle, global).map(|order| How::Monitor(Box::new(order)))
     };
-    let (id, restored) = by_agent::recover(&config, request, how)?;
-    eprintln!("container {id} runs here again (pid {})", restored.pid);
+    match by_agent::recover(&config, request, how)? {
+        Recovered::Restored { id, pid } => eprintln!("container {id} runs here again (pid {pid})"),
+        Recovered::TakenOver => eprintln!("container {} runs here", args.id),
+    }
     Ok(0)
 }
 

@@ -1,11 +1,11 @@
 //! By files: a container is checkpointed with a command, its image carried to where it is wanted, and restored there
 //! with another; with or without a partial restore beforehand. Its peer waits meanwhile.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::settled::settled;
+use super::settled::{settled, takes_part};
 use super::stage::{CHECKER, Pair, Stage};
 use crate::lab::bundle::BUNDLES;
 use crate::lab::deploy::AGENT;
@@ -52,6 +52,12 @@ pub const CLAIMS: &[Scenario] = &[
         run: restarted_restore,
     },
     claim!("by files: a series of pre-dumps survives a restart of the agent", true, restarted_series),
+    claim!(
+        "by files: an agent that ends before a restore is decided leaves the image to be restored again",
+        true,
+        undecided_restore
+    ),
+    claim!("by files: a peer whose container nobody restores in time goes on alone", true, never_restored),
 ];
 
 /// Where images lie on every node.
@@ -422,4 +428,71 @@ fn restarted_series(ctx: &mut Context) -> Result<()> {
     ensure!(said.contains("partial restore made before is used"), "it belongs to another series: {said}");
     stage.moved(&pair.client, "dst")?;
     judge(stage, &pair)
+}
+
+fn undecided_restore(ctx: &mut Context) -> Result<()> {
+    let (mut stage, pair, bundle) = begin(ctx, &["--qps", "4"])?;
+    let image = final_image();
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &[]))?;
+    carry(&stage.ctx.src, &stage.ctx.dst)?;
+    // As CRIU restores, which is before the decision.
+    let killer = format!(
+        "pid=$(systemctl show -p MainPID --value {AGENT}); end=$(($(date +%s) + 100)); \
+         until pgrep -x criu >/dev/null; do [ $(date +%s) -lt $end ] || exit 1; done; \
+         kill -KILL $pid; sleep 0.3; systemctl restart {AGENT}; \
+         for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1"
+    );
+    let killer = stage.ctx.dst.spawn(&["sh", "-c", &killer])?;
+    refused(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]), &[])?;
+    let killed = killer.wait(Duration::from_secs(120))?;
+    ensure!(killed.success(), "no agent was killed: {}{}", killed.text(), killed.errors());
+    let known = stage.ctx.dst.exec(&["migrrdma", "state", &pair.client])?;
+    ensure!(!known.success(), "the refused restore left a container: {}", known.text());
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        let waits = stage.ctx.peer.check(&["migrrdma", "status"])?;
+        let at_work = takes_part(&stage.ctx.dst.check(&["migrrdma", "status", "--json"])?);
+        if waits.contains("for its image") && !at_work {
+            break;
+        }
+        ensure!(Instant::now() < until, "the peer does not wait again, or the restore is not over: {waits}");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    succeeds(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[])).context("the second time")?;
+    stage.moved(&pair.client, "dst")?;
+    judge(stage, &pair)
+}
+
+/// Sets how long peers wait for an image that is made on this host.
+fn parked(node: &Node, from: u32, to: u32) -> Result<()> {
+    let settings = "/etc/migrrdma/agent.json";
+    node.sh(&format!(
+        "grep -q '\"parked\": {from}' {settings} && sed -i 's/\"parked\": {from}/\"parked\": {to}/' {settings} && \
+         systemctl restart {AGENT} && \
+         for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1"
+    ))
+    .map(drop)
+    .context("set the deadline")
+}
+
+fn never_restored(ctx: &mut Context) -> Result<()> {
+    for counter in ["retry_exceeded_err", "out_of_seq_request", "rcvd_seq_err"] {
+        ctx.allow_counter(counter);
+    }
+    let (stage, pair, bundle) = begin(ctx, &["--qps", "2"])?;
+    let image = final_image();
+    parked(&stage.ctx.src, 600, 15)?;
+    succeeds(&stage.ctx.src, &checkpoint(&pair.client, &image, &[]))?;
+    parked(&stage.ctx.src, 15, 600)?;
+    let argv = ["migrrdma", "wait", "--timeout", "90", &pair.server].map(str::to_owned).to_vec();
+    let out = stage.ctx.peer.run(Exec { argv, timeout_ms: Some(100_000), ..Exec::default() })?;
+    ensure!(!out.errors().contains("still runs"), "the peer does not notice that its connections are broken");
+    let said = stage.log(&pair.server)?.to_lowercase();
+    ensure!(said.contains("retry"), "the peer saw something else than a dead host: {said}");
+    // Too late for its connections, and it says so; without them it comes back.
+    refused(&stage.ctx.src, &restore(&pair.client, &image, &bundle, &[]), &["--disconnected"])?;
+    let argv = [&restore(&pair.client, &image, &bundle, &[])[..], &["--disconnected"]].concat();
+    succeeds(&stage.ctx.src, &argv)?;
+    clean(&stage)?;
+    stage.finish()
 }

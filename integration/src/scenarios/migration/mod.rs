@@ -15,6 +15,7 @@ mod handshake;
 mod hindered;
 mod killed;
 mod lines;
+mod lost_source;
 mod memory;
 mod perftest;
 mod places;
@@ -47,6 +48,7 @@ pub const GROUPS: &[&[Scenario]] = &[
     surroundings::CLAIMS,
     killed::CLAIMS,
     lines::CLAIMS,
+    lost_source::CLAIMS,
     copies::CLAIMS,
     disk::CLAIMS,
     taken_back::CLAIMS,

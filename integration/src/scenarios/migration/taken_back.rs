@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::disk::{refused, succeeds};
 use super::settled::{self, settled};
 use super::stage::{CHECKER, Pair, Stage, tail};
+use crate::lab::bundle::BUNDLES;
 use crate::lab::node::{Node, Running};
 use crate::lab::standstill::Standstill;
 use crate::lab::topology::NodeSpec;
@@ -43,6 +44,11 @@ pub const CLAIMS: &[Scenario] = &[
         cut_off
     ),
     claim!("a container is not taken back while anybody reaches its destination, and the migration goes on", reached),
+    claim!(
+        "a destination that was restarted says itself that it has lost the container; a restore of it that fails is \
+         tried again",
+        restarted
+    ),
 ];
 
 /// Longer than agents wait for a sign of life; status names the command by then.
@@ -59,7 +65,7 @@ fn recover(stage: &Stage<'_>, name: &str) -> Result<()> {
 }
 
 /// Nothing of the container is on the node, and its agent is not in the middle of anything.
-fn rid_of_it(node: &Node, name: &str) -> Result<()> {
+pub fn rid_of_it(node: &Node, name: &str) -> Result<()> {
     let until = Instant::now() + RETURN;
     loop {
         let known = node.exec(&["migrrdma", "state", name])?.success();
@@ -135,7 +141,7 @@ fn alone(ctx: &mut Context, load: &[&str], memory_in_files: bool) -> Result<()> 
 }
 
 /// What a dead host's peers count: retries that ran out, and what went missing before.
-const OF_A_DEAD_HOST: &[&str] =
+pub const OF_A_DEAD_HOST: &[&str] =
     &["retry_exceeded_err", "retry_rnr_exceeded_err", "send_err", "out_of_seq_request", "rcvd_seq_err"];
 
 fn peers(ctx: &mut Context) -> Result<()> {
@@ -225,5 +231,54 @@ fn reached(ctx: &mut Context) -> Result<()> {
     let place = settled::after(&mut stage, &pair, &running, "dst")?;
     ensure!(place == "dst", "the container runs on {place} although it had been decided");
     pair.judge(&mut stage)?;
+    stage.finish()
+}
+
+/// What a restart leaves of a host: its disks. Restored tasks may hang on mounts of their runtime's, which end with them,
+/// and notes that do not outlive a start of the kernel are of another one.
+const RESTART: &str = r#"systemctl kill --kill-whom=main --signal=KILL migrrdma-agent; systemctl stop migrrdma-agent
+    pkill -KILL -f '^/proc/self/exe (monitor|incubator)'; pkill -KILL -x migrrdma; pkill -KILL -x criu
+    pkill -KILL -x rdma-checker; sleep 0.5
+    grep -o ' /run/migrrdma/[^ ]*' /proc/self/mounts | tac | xargs -r -n1 umount -l
+    rm -rf --one-file-system /run/migrrdma
+    sed -i 's/"boot": *"[^"]*"/"boot":"before"/' /var/lib/migrrdma/incoming/*/prepared.json 2>/dev/null
+    systemctl start migrrdma-agent
+    for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1"#;
+
+fn restarted(ctx: &mut Context) -> Result<()> {
+    let mut dies = Standstill::of(NodeSpec::by_name("dst")?)?;
+    let mut stage = Stage::new(ctx);
+    let name = "ck-alone";
+    let command = [CHECKER, "loopback", "--duration", "0", "--qps", "16", "--progress", "1"];
+    stage.run(name, 140, &["src", "dst"], &command)?;
+    stage.flow(name, 200)?;
+    let running = stage.begin_migration(name, "dst", &[])?;
+    running.wait_for("\"enter\",\"phase\":\"commit\"", Duration::from_secs(120))?;
+    dies.pull()?;
+    stage.ctx.dst.sh(RESTART).context("restart")?;
+    dies.end()?;
+    // Until nobody has connections any more that ended unnoticed.
+    thread::sleep(LONG);
+    // CRIU finds that the program is another one, after it was decided to whom the container belongs.
+    let program = format!("{BUNDLES}/{name}/rootfs{CHECKER}");
+    stage.ctx.src.sh(&format!("cp -p {program} {program}.kept && printf x >> {program}"))?;
+    let again = format!("migrrdma recover {name}");
+    let result = refused(&stage.ctx.src, &["migrrdma", "recover", name], &["its image is kept", &again]);
+    stage.ctx.src.sh(&format!("mv {program}.kept {program}"))?;
+    result?;
+    given_up(&running)?;
+    let status = stage.ctx.src.check(&["migrrdma", "status"])?;
+    ensure!(
+        status.contains("`migrrdma recover` to restore it"),
+        "the status does not say what is left to do: {status}"
+    );
+    succeeds(&stage.ctx.src, &["migrrdma", "recover", name]).context("the second time")?;
+    stage.flow(name, 300).context("the container that came back")?;
+    rid_of_it(&stage.ctx.dst, name)?;
+    ensure!(settled(&stage, name)? == "src", "it does not run where it was taken back");
+    stage.migrate(name, "dst").context("a later migration")?;
+    stage.flow(name, 200)?;
+    stage.terminate(name)?;
+    stage.verdict(name)?;
     stage.finish()
 }
