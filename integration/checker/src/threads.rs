@@ -14,12 +14,17 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Empty polls in a row before a polling thread sleeps for a moment.
+/// Empty polls in a row before a polling thread sleeps for a moment, and that moment.
 const PATIENCE: u32 = 32;
-
-/// That moment; and under a paced load, which leaves time to sleep: an emulated node pays much for waking up.
 const MOMENT: Duration = Duration::from_micros(100);
-const PACED_MOMENT: Duration = Duration::from_millis(10);
+
+/// The same under a paced load, which leaves time to sleep: an emulated node pays much for waking up, and for each poll.
+const PACED_PATIENCE: u32 = 2;
+
+/// For about two operations of such a load.
+fn paced_moment(rate: u64) -> Duration {
+    Duration::from_millis((2000 / rate.max(1)).clamp(10, 100))
+}
 
 impl Rig {
     fn posting(&self) -> bool {
@@ -85,13 +90,16 @@ impl Rig {
             self.sweep(&unit.queues, &mut round)?;
         }
         let mut empty = 0;
-        let moment = if self.w.rate > 0 { PACED_MOMENT } else { MOMENT };
+        let (patience, moment) = match self.w.rate {
+            0 => (PATIENCE, MOMENT),
+            rate => (PACED_PATIENCE, paced_moment(rate)),
+        };
         while !self.stop.load(SeqCst) {
             let Some(channel) = &unit.channel else {
                 let n = self.sweep(&unit.queues, &mut round)?;
                 empty = if n == 0 { empty + 1 } else { 0 };
                 self.post_here(unit);
-                if empty > PATIENCE {
+                if empty > patience {
                     std::thread::sleep(moment);
                 } else if n == 0 {
                     std::thread::yield_now();
