@@ -216,6 +216,7 @@ pub fn take_up(agent: &Agent) {
             }
         }
     }
+    super::steps::remove_unused(agent);
     super::landing::recover(agent);
 }
 
@@ -263,7 +264,7 @@ fn go_on(agent: &Agent, id: MigrationId, dir: &Path, note: Note, held: Option<Bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::fixture::{idle_agent, offer, removed};
+    use crate::engine::fixture::{NEVER_CAME, idle_agent, offer, removed};
     use rdma_virt::id::{PRkey, VRkey};
 
     fn note() -> Note {
@@ -335,5 +336,19 @@ mod tests {
         assert!(!crate::engine::forsaken::holds(&agent, past));
         assert!(!Store::place(&agent.config.state_dir, past).exists());
         assert!(agent.desk.has(present));
+    }
+
+    #[test]
+    fn a_directory_made_for_an_incubator_goes_with_its_agent_unless_its_container_came() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = idle_agent(dir.path());
+        for container in [NEVER_CAME, "c"] {
+            fs::create_dir_all(agent.doors.of(container)).unwrap();
+            fs::write(agent.config.run_dir.join(format!("incubates-{container}")), "").unwrap();
+        }
+        take_up(&agent);
+        assert!(!agent.doors.of(NEVER_CAME).exists() && agent.doors.of("c").exists());
+        let marks = fs::read_dir(&agent.config.run_dir).unwrap().flatten();
+        assert_eq!(marks.filter(|e| e.file_name().to_string_lossy().starts_with("incubates-")).count(), 0);
     }
 }

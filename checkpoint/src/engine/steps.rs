@@ -18,7 +18,7 @@ use super::prepared::{self, Note};
 use super::revive::ByHand;
 use super::store::{Store, StoreError};
 use super::take_over;
-use crate::agent::{Agent, chain};
+use crate::agent::{Agent, chain, is_plain_name};
 use crate::image::HandOver;
 use crate::net::msg::{Answer, Offer, Order, Refusal};
 
@@ -56,6 +56,8 @@ impl Arrival {
     fn nursery(&self, agent: &Agent) -> Result<Box<dyn Nursery>, Refusal> {
         let Offer { container, bundle, .. } = &self.offer;
         let dir = agent.doors.of(container);
+        let mark = mark(agent, container);
+        fs::write(&mark, "").map_err(|e| failed(format!("cannot write {}: {e}", mark.display())))?;
         fs::create_dir_all(&dir).map_err(|e| failed(format!("cannot make {}: {e}", dir.display())))?;
         agent.host.incubate(container, bundle, &dir.join(INCUBATOR)).map_err(|e| failed(format!("the incubator: {e}")))
     }
@@ -263,6 +265,7 @@ impl Arrival {
             let _ = nursery.release();
         }
         let _ = fs::remove_file(agent.doors.of(container).join(INCUBATOR));
+        let _ = fs::remove_file(mark(agent, container));
         if let Err(e) = store.remove() {
             eprintln!("{id}: {}", chain(&e));
         }
@@ -296,8 +299,11 @@ impl Arrival {
         {
             eprintln!("{}", chain(&e));
         }
-        if nursed && agent.host.container(container).is_err() {
-            remove_dir(agent.doors.of(container));
+        if nursed {
+            if agent.host.container(container).is_err() {
+                remove_dir(agent.doors.of(container));
+            }
+            let _ = fs::remove_file(mark(agent, container));
         }
         let nobody = agent.host.container(container).is_err();
         if self.memory.take().is_some() && nobody {
@@ -309,6 +315,25 @@ impl Arrival {
         if let Some(landing) = self.landing.take() {
             landing.remove();
         }
+    }
+}
+
+const MARK: &str = "incubates-";
+
+/// Says that a container's directory was made for an incubator, should the agent end before there is a container.
+fn mark(agent: &Agent, container: &str) -> PathBuf {
+    agent.config.run_dir.join(format!("{MARK}{container}"))
+}
+
+/// Removes directories of containers that never came: the agent that made them has ended.
+pub(super) fn remove_unused(agent: &Agent) {
+    for entry in fs::read_dir(&agent.config.run_dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(container) = name.to_str().and_then(|name| name.strip_prefix(MARK)) else { continue };
+        if is_plain_name(container) && agent.host.container(container).is_err() {
+            remove_dir(agent.doors.of(container));
+        }
+        let _ = fs::remove_file(entry.path());
     }
 }
 
