@@ -190,14 +190,20 @@ fn mend(node: &Node) -> Result<()> {
     node.sh("nft delete table ip cut").map(drop)
 }
 
-fn cut_off(ctx: &mut Context) -> Result<()> {
-    let mut stage = Stage::new(ctx);
-    let name = "ck-alone";
+/// Starts a container that is connected to itself, and moves it as far as its commit.
+fn loopback_commits(stage: &mut Stage<'_>, name: &str) -> Result<Running> {
     let command = [CHECKER, "loopback", "--duration", "0", "--qps", "16", "--progress", "1"];
     stage.run(name, 140, &["src", "dst"], &command)?;
     stage.flow(name, 200)?;
     let running = stage.begin_migration(name, "dst", &[])?;
     running.wait_for("\"enter\",\"phase\":\"commit\"", Duration::from_secs(120))?;
+    Ok(running)
+}
+
+fn cut_off(ctx: &mut Context) -> Result<()> {
+    let mut stage = Stage::new(ctx);
+    let name = "ck-alone";
+    let running = loopback_commits(&mut stage, name)?;
     cut(&stage.ctx.dst, &["src", "peer"])?;
     told_what_to_do(&stage, name)?;
     recover(&stage, name)?;
@@ -249,11 +255,7 @@ fn restarted(ctx: &mut Context) -> Result<()> {
     let mut dies = Standstill::of(NodeSpec::by_name("dst")?)?;
     let mut stage = Stage::new(ctx);
     let name = "ck-alone";
-    let command = [CHECKER, "loopback", "--duration", "0", "--qps", "16", "--progress", "1"];
-    stage.run(name, 140, &["src", "dst"], &command)?;
-    stage.flow(name, 200)?;
-    let running = stage.begin_migration(name, "dst", &[])?;
-    running.wait_for("\"enter\",\"phase\":\"commit\"", Duration::from_secs(120))?;
+    let running = loopback_commits(&mut stage, name)?;
     dies.pull()?;
     stage.ctx.dst.sh(RESTART).context("restart")?;
     dies.end()?;
