@@ -267,7 +267,12 @@ impl Agent {
             }
             all.push(told);
         }
-        for seen in arrivals.into_iter().filter(|seen| !conducts(&seen.id)) {
+        // What was decided here of a container that arrives says more than how far it has come.
+        let decided_here = |id: MigrationId| {
+            let is_it = |r: &Record| r.id() == Some(id) && matches!(r.kind, Kind::Restore | Kind::TakeOver);
+            records.iter().any(|r| is_it(r) && !is_over(r))
+        };
+        for seen in arrivals.into_iter().filter(|seen| !conducts(&seen.id) && !decided_here(seen.id)) {
             let known = list.waits_but_for_others(seen.id, &seen.container);
             all.push(arriving(seen, known));
         }

@@ -105,6 +105,8 @@ pub(super) struct Arrival {
     pub heard: Instant,
     /// It was asked, and did not.
     pub silent: bool,
+    /// It belongs to this host, whatever its source says ([`take_over`]).
+    pub(super) taken_over: bool,
     /// It comes from files.
     pub by_hand: Option<ByHand>,
 }
@@ -124,6 +126,7 @@ impl Arrival {
             shown: false,
             heard: Instant::now(),
             silent: false,
+            taken_over: false,
             by_hand: None,
         }
     }
@@ -173,16 +176,16 @@ pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Ord
         return consider(agent, from, id, *offer, dry_run);
     }
     // What this host asks of itself it asks in the course of that.
-    let taken_over = || from.is_some() && take_over::happened(agent, id);
+    let happened = || from.is_some() && take_over::happened(agent, id);
     if matches!(order, Order::Holds) {
-        return if taken_over() { Err(take_over::refusal()) } else { Ok(Answer::Has(forsaken::holds(agent, id))) };
+        return if happened() { Err(take_over::refusal()) } else { Ok(Answer::Has(forsaken::holds(agent, id))) };
     }
     let Some(entry) = agent.desk.get(id) else {
         return match order {
             Order::TakenBack { container } => {
                 forsaken::remove_finished(agent, id, &container).map(|()| Answer::Done).map_err(failed)
             }
-            _ if taken_over() => Err(take_over::refusal()),
+            _ if happened() => Err(take_over::refusal()),
             // What was never here, or is gone, need not be removed.
             Order::Abandon | Order::Finish => Ok(Answer::Done),
             other => Err(failed(format!("{} for a migration this host knows nothing of", other.name()))),
@@ -191,7 +194,7 @@ pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Ord
     let mut arrival = lock(&entry.arrival);
     let decides =
         matches!(order, Order::Commit | Order::Adopt | Order::Rebuild { .. } | Order::Finish | Order::Abandon);
-    if decides && taken_over() {
+    if decides && from.is_some() && arrival.taken_over {
         return Err(take_over::refusal());
     }
     let order = match order {

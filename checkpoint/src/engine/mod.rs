@@ -184,9 +184,20 @@ enum Wish {
     TooLate,
     /// An administrator gave it up, committed or not, and this is why.
     GivenUp(String),
+    /// It is an administrator's own work, and ends by itself.
+    Deaf,
 }
 
 impl Cancel {
+    /// Of work that an administrator asked for, after which everybody else is done with the migration.
+    pub fn deaf() -> Self {
+        Cancel(Mutex::new(Wish::Deaf))
+    }
+
+    pub fn is_deaf(&self) -> bool {
+        matches!(*self.wish(), Wish::Deaf)
+    }
+
     fn wish(&self) -> std::sync::MutexGuard<'_, Wish> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -201,7 +212,10 @@ impl Cancel {
 
     /// Whoever works on a committed migration stops where it is, and nothing is undone.
     pub fn give_up(&self, why: &str) {
-        *self.wish() = Wish::GivenUp(why.into());
+        let mut wish = self.wish();
+        if !matches!(*wish, Wish::Deaf) {
+            *wish = Wish::GivenUp(why.into());
+        }
     }
 
     pub fn is_given_up(&self) -> bool {
@@ -233,6 +247,7 @@ impl Cancel {
                 *wish = Wish::TooLate;
                 Ok(())
             }
+            Wish::Deaf => Ok(()),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rdma_virt::id::MigrationId;
 
 use super::dest::{Entry, QUIET, State, obey};
-use super::{revive, take_over};
+use super::revive;
 use crate::agent::{Agent, chain, lock};
 use crate::net::msg::{Answer, Fate, Order};
 
@@ -21,7 +21,7 @@ pub fn look_after(agent: &Agent) {
             revive::look_after(agent, id, &entry);
             continue;
         }
-        if arrival.heard.elapsed() < QUIET || take_over::happened(agent, id) {
+        if arrival.heard.elapsed() < QUIET || arrival.taken_over {
             continue;
         }
         let (source, may_give_up) = (
@@ -54,7 +54,8 @@ pub fn look_after(agent: &Agent) {
                 continue;
             }
         };
-        if take_over::happened(agent, id) {
+        // An administrator may have decided while it was asked.
+        if lock(&entry.arrival).taken_over {
             continue;
         }
         eprintln!("{id} of container {}: {} after asking its source", entry.container, order.name());

@@ -231,6 +231,7 @@ fn go_on(agent: &Agent, id: MigrationId, dir: &Path, note: Note, held: Option<Bo
     let mut arrival = Arrival::new(note.source, note.offer);
     arrival.adopted = note.adopted;
     arrival.by_hand = by_hand.then_some(ByHand::TakenUp);
+    arrival.taken_over = super::take_over::happened(agent, id);
     arrival.state = match held {
         None => {
             eprintln!("{id} of container {container}: it runs here; going on");

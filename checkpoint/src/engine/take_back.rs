@@ -164,13 +164,24 @@ pub(super) struct Slot<'a> {
 }
 
 impl<'a> Slot<'a> {
+    /// An error if another command of this kind works on it: that one is not stopped, and what it will do makes this one
+    /// needless.
+    pub(super) fn is_free(agent: &Agent, id: MigrationId) -> Result<(), String> {
+        match lock(&agent.running).get(&id) {
+            Some(worker) if worker.is_deaf() => {
+                Err(format!("another `migrrdma recover` works on {id} at this moment; see what it says"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whoever works on it still tries to reach the destination, and stops.
     pub(super) fn take(agent: &'a Agent, id: MigrationId, why: &str, cancel: &Cancel) -> Result<Self, String> {
         let until = Instant::now() + PATIENCE;
         loop {
             match lock(&agent.running).entry(id) {
                 Entry::Vacant(free) => {
-                    free.insert(Arc::default());
+                    free.insert(Arc::new(Cancel::deaf()));
                     return Ok(Slot { agent, id });
                 }
                 Entry::Occupied(at) => at.get().give_up(why),
@@ -222,6 +233,7 @@ fn try_recover(
         return Err("this host is the source itself; it is the destination that may be gone".into());
     }
     let id = seen.id().ok_or_else(|| format!("{:?} is no id of a migration", seen.id))?;
+    Slot::is_free(agent, id)?;
     let note = |text: String| progress.event(Event::Note { text });
     let sure = request.destination_is_gone;
     if seen.state == State::Committed {

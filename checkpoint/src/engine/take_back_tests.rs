@@ -105,6 +105,7 @@ fn whoever_works_on_it_is_told_to_stop_and_nobody_else_begins() {
     let agent = idle_agent(dir.path());
     let worker: Arc<Cancel> = Arc::default();
     lock(&agent.running).insert(ID, worker.clone());
+    assert_eq!(Slot::is_free(&agent, ID), Ok(()), "one that can be told to stop is no reason to refuse");
     let (cancel, late) = (Cancel::default(), Cancel::default());
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -116,7 +117,9 @@ fn whoever_works_on_it_is_told_to_stop_and_nobody_else_begins() {
         let slot = Slot::take(&agent, ID, STOPS, &cancel).unwrap();
         late.set("Ctrl-C");
         assert_eq!(Slot::take(&agent, ID, STOPS, &late).err(), Some("Ctrl-C".into()), "it is taken");
+        assert!(Slot::is_free(&agent, ID).unwrap_err().contains("another `migrrdma recover`"));
         drop(slot);
+        assert_eq!(Slot::is_free(&agent, ID), Ok(()));
         assert!(lock(&agent.running).is_empty());
     });
 }

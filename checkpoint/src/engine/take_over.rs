@@ -48,8 +48,8 @@ pub(super) fn hint(container: &str) -> String {
     format!("its source is silent; if that is gone for good, see `migrrdma recover {container}`")
 }
 
-/// Whether the container of this migration was taken over here, and has not been lost since. A record that cannot be read
-/// may say so.
+/// Whether the container of this migration was taken over here, and has not been lost since, by its record; as long as the
+/// migration is at the desk [`Arrival::taken_over`] knows. A record that cannot be read may say so.
 pub(super) fn happened(agent: &Agent, id: MigrationId) -> bool {
     let is_it = |r: Record| r.kind == Kind::TakeOver && r.state != Recorded::Aborted;
     agent.records.read(id).map_or(true, |record| record.is_some_and(is_it))
@@ -96,6 +96,7 @@ fn take_over(
     if request.destination_is_gone {
         return Err("this host is the destination itself; it is the source that may be gone".into());
     }
+    Slot::is_free(agent, id)?;
     let forward = onward(&lock(&entry.arrival))?;
     let peers: Vec<String> = forward.plan.peers().into_keys().map(|peer| peer.agent).collect();
     let sight = gone::look(agent, id, &entry.source, &Order::Fate, peers.iter());
@@ -162,7 +163,7 @@ fn allowed(entry: &Entry, sight: &Sight, sure: bool) -> Result<(), String> {
 /// The decision, and what follows from it.
 fn decide(agent: &Agent, id: MigrationId, entry: &Entry) -> Result<(Record, Forward), String> {
     // What a source that came back orders is carried out before this or after it, not at the same time.
-    let arrival = lock(&entry.arrival);
+    let mut arrival = lock(&entry.arrival);
     let mut forward = onward(&arrival)?;
     for link in &mut forward.plan.links {
         // As the source called it.
@@ -180,9 +181,11 @@ fn decide(agent: &Agent, id: MigrationId, entry: &Entry) -> Result<(Record, Forw
         // What a reader finds decides, as everywhere.
         let now = agent.records.read(id).ok().flatten();
         if now.is_none_or(|now| now.kind != Kind::TakeOver) {
+            arrival.taken_over = happened(agent, id);
             return Err(chain(&e));
         }
     }
+    arrival.taken_over = true;
     drop(arrival);
     Ok((record, forward))
 }

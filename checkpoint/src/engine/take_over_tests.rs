@@ -105,6 +105,8 @@ fn what_was_decided_is_on_disk_without_the_peers_that_are_gone_and_the_source_ca
     assert_eq!(record.peers, [("10.0.0.3:7477".to_owned(), vec!["db".to_owned()])]);
     assert_eq!(forward.plan.peers().len(), 1, "the one on the source's host is gone");
     assert!(happened(&agent, ID));
+    let listed = agent.taking_part();
+    assert_eq!((listed.len(), listed[0].state.as_str()), (1, "committed"), "once: {listed:?}");
     let from = Some(SocketAddr::from(([10, 0, 0, 1], 50000)));
     for order in [Order::Abandon, Order::Holds] {
         let why = obey(&agent, from, ID, order).unwrap_err().to_string();
