@@ -8,12 +8,10 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use super::Lab;
+use super::agent::{AGENT, ANSWERS};
 use super::node::Node;
 use super::paths::Paths;
 use crate::setup::run;
-
-/// The agent's unit on every node.
-pub const AGENT: &str = "migrrdma-agent.service";
 
 /// Release artefact and its place on a node.
 const ARTEFACTS: &[(&str, &str)] = &[
@@ -126,10 +124,9 @@ fn start_agent(lab: &Lab, node: &Node, pki: &Path) -> Result<()> {
     node.push(&pki.join(format!("{name}.key")), "/etc/migrrdma/pki/node.key")?;
     node.push(&configs.join("agent.json"), "/etc/migrrdma/agent.json")?;
     node.push(&configs.join("systemd/migrrdma-agent.service"), "/etc/systemd/system/migrrdma-agent.service")?;
-    node.sh("systemctl daemon-reload && systemctl restart migrrdma-agent.service
-for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done
-echo 'the agent does not answer; its journal:'; migrrdma status
-journalctl -u migrrdma-agent --no-pager -n 30; exit 1")
-        .with_context(|| format!("start the agent of {name}"))
-        .map(|_| ())
+    let script = format!(
+        "systemctl daemon-reload && systemctl restart {AGENT} && {ANSWERS} && exit 0; \
+         echo 'the agent does not answer; its journal:'; migrrdma status; journalctl -u {AGENT} --no-pager -n 30; exit 1"
+    );
+    node.sh(&script).map(drop).with_context(|| format!("start the agent of {name}"))
 }

@@ -5,6 +5,7 @@
 //! nodes are in [`topology`], the traps of the links in [`qemu`].
 
 pub mod accel;
+pub mod agent;
 pub mod bundle;
 pub mod deploy;
 pub mod guest;

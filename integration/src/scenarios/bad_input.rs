@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use super::migration::stage::{Pair, Stage};
+use crate::lab::agent::{AGENT, answering};
 use crate::lab::bundle::{self, Bundle};
-use crate::lab::deploy::AGENT;
 use crate::lab::node::{Node, Output};
 use crate::lab::wire::Exec;
 use crate::scenario::{Context, Scenario};
@@ -248,10 +248,4 @@ systemctl restart migrrdma-agent")?;
     stage.flow(&pair.client, 100)?;
     pair.judge(&mut stage)?;
     stage.finish()
-}
-
-/// Waits until the agent of a node answers.
-fn answering(node: &Node) -> Result<()> {
-    let script = "for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1";
-    node.sh(script).map(drop).with_context(|| format!("the agent of {} does not come back", node.name()))
 }

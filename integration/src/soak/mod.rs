@@ -20,7 +20,8 @@ use serde_json::json;
 
 use crate::bench::statistics::{Random, median};
 use crate::census::NodeCensus;
-use crate::lab::deploy::{self, AGENT};
+use crate::lab::agent::killed_and_started;
+use crate::lab::deploy;
 use crate::lab::node::Output;
 use crate::lab::{Lab, paths::Paths};
 use crate::link_health::LinkHealth;
@@ -296,8 +297,7 @@ fn disturb(
         Fault::Killed(Whose::Peer, _) => peer,
         _ => return running.signal(nix::sys::signal::Signal::SIGINT),
     };
-    let again = format!("systemctl kill --kill-whom=main --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}");
-    stage.ctx.node(node)?.sh(&again).map(drop)
+    stage.ctx.node(node)?.sh(&killed_and_started()).map(drop)
 }
 
 fn succeeded(out: &Output) -> Result<()> {

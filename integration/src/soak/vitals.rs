@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::lab::deploy::AGENT;
+use crate::lab::agent::AGENT;
 use crate::lab::node::Node;
 
 /// RDMA objects that are counted; containers take them along when they move, so their sum over all hosts stays.

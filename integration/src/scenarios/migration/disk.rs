@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::settled::{settled, takes_part};
 use super::stage::{CHECKER, Pair, Stage};
+use crate::lab::agent::{AGENT, ANSWERS, killed_and_started};
 use crate::lab::bundle::BUNDLES;
-use crate::lab::deploy::AGENT;
 use crate::lab::node::{Node, Output};
 use crate::lab::wire::Exec;
 use crate::scenario::{Context, Scenario};
@@ -407,8 +407,7 @@ fn restarted_series(ctx: &mut Context) -> Result<()> {
     succeeds(&stage.ctx.src, &checkpoint(&pair.client, &early, &["--pre-dump"]))?;
     carry(&stage.ctx.src, &stage.ctx.dst)?;
     succeeds(&stage.ctx.dst, &restore(&pair.client, &early, &bundle, &["--partial"]))?;
-    let again = format!("systemctl kill --kill-whom=main --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}");
-    stage.ctx.src.sh(&again)?;
+    stage.ctx.src.sh(&killed_and_started())?;
     // Peers and partial restores that hear nothing ask after 20 s, and look every five.
     std::thread::sleep(Duration::from_secs(60));
     let shows = |node: &Node, what: &str| -> Result<()> {
@@ -439,8 +438,7 @@ fn undecided_restore(ctx: &mut Context) -> Result<()> {
     let killer = format!(
         "pid=$(systemctl show -p MainPID --value {AGENT}); end=$(($(date +%s) + 100)); \
          until pgrep -x criu >/dev/null; do [ $(date +%s) -lt $end ] || exit 1; done; \
-         kill -KILL $pid; sleep 0.3; systemctl restart {AGENT}; \
-         for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1"
+         kill -KILL $pid; sleep 0.3; systemctl restart {AGENT}; {ANSWERS}"
     );
     let killer = stage.ctx.dst.spawn(&["sh", "-c", &killer])?;
     refused(&stage.ctx.dst, &restore(&pair.client, &image, &bundle, &[]), &[])?;
@@ -468,8 +466,7 @@ fn parked(node: &Node, from: u32, to: u32) -> Result<()> {
     let settings = "/etc/migrrdma/agent.json";
     node.sh(&format!(
         "grep -q '\"parked\": {from}' {settings} && sed -i 's/\"parked\": {from}/\"parked\": {to}/' {settings} && \
-         systemctl restart {AGENT} && \
-         for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1"
+         systemctl restart {AGENT} && {ANSWERS}"
     ))
     .map(drop)
     .context("set the deadline")

@@ -4,13 +4,13 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::stage::{Pair, Stage, json_lines};
 use super::undone::{later, undone};
+use crate::lab::agent::{AGENT, answering};
 use crate::lab::bundle::BUNDLES;
-use crate::lab::deploy::AGENT;
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(400);
@@ -60,7 +60,7 @@ fn agent_killed(ctx: &mut Context) -> Result<()> {
     let out = running.wait(Duration::from_secs(120))?;
     undone(&stage, &pair, &out, &["undone", "10.10.0.2"])?;
     stage.ctx.dst.check(&["systemctl", "restart", AGENT])?;
-    answering(&stage, "dst")?;
+    answering(&stage.ctx.dst)?;
     later(stage, &pair)
 }
 
@@ -83,7 +83,7 @@ fn peer_unreachable(ctx: &mut Context) -> Result<()> {
     let out = stage.try_migrate(&pair.client, "dst", &[])?;
     undone(&stage, &pair, &out, &["10.10.0.3"])?;
     stage.ctx.peer.check(&["systemctl", "start", AGENT])?;
-    answering(&stage, "peer")?;
+    answering(&stage.ctx.peer)?;
     later(stage, &pair)
 }
 
@@ -121,10 +121,4 @@ fn dry_run(ctx: &mut Context) -> Result<()> {
     ensure!(out.success(), "{}{}", out.text(), out.errors());
     stage.flow(&pair.client, 200)?;
     later(stage, &pair)
-}
-
-/// Waits until the agent of a node answers again.
-fn answering(stage: &Stage, node: &str) -> Result<()> {
-    let script = "for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1";
-    stage.ctx.node(node)?.sh(script).map(drop).with_context(|| format!("the agent of {node} does not come back"))
 }

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 
 use super::settled;
 use super::stage::{Pair, Stage};
-use crate::lab::deploy::AGENT;
+use crate::lab::agent::killed_and_started;
 use crate::scenario::{Context, Scenario};
 
 macro_rules! claim {
@@ -108,7 +108,6 @@ fn beside_its_peer(ctx: &mut Context) -> Result<()> {
 fn one(stage: &mut Stage, pair: &Pair, to: &str, phase: &str, node: &str) -> Result<bool> {
     let running = stage.begin_migration(&pair.client, to, &[])?;
     running.wait_for(&format!("\"enter\",\"phase\":\"{phase}\""), Duration::from_secs(120))?;
-    let again = format!("systemctl kill --kill-whom=main --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}");
-    stage.ctx.node(node)?.sh(&again)?;
+    stage.ctx.node(node)?.sh(&killed_and_started())?;
     Ok(settled::after(stage, pair, &running, to)? == to)
 }

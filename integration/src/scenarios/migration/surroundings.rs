@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 
 use super::hindered::{Hindrance, hindered};
 use super::stage::{Pair, Stage};
-use crate::lab::deploy::AGENT;
+use crate::lab::agent::AGENT;
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(600);

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::disk::{refused, succeeds};
 use super::settled::{self, settled};
 use super::stage::{CHECKER, Pair, Stage, tail};
+use crate::lab::agent::{AGENT, ANSWERS};
 use crate::lab::bundle::BUNDLES;
 use crate::lab::node::{Node, Running};
 use crate::lab::standstill::Standstill;
@@ -242,14 +243,17 @@ fn reached(ctx: &mut Context) -> Result<()> {
 
 /// What a restart leaves of a host: its disks. Restored tasks may hang on mounts of their runtime's, which end with them,
 /// and notes that do not outlive a start of the kernel are of another one.
-const RESTART: &str = r#"systemctl kill --kill-whom=main --signal=KILL migrrdma-agent; systemctl stop migrrdma-agent
+fn restart() -> String {
+    format!(
+        r#"systemctl kill --kill-whom=main --signal=KILL {AGENT}; systemctl stop {AGENT}
     pkill -KILL -f '^/proc/self/exe (monitor|incubator)'; pkill -KILL -x migrrdma; pkill -KILL -x criu
     pkill -KILL -x rdma-checker; sleep 0.5
     grep -o ' /run/migrrdma/[^ ]*' /proc/self/mounts | tac | xargs -r -n1 umount -l
     rm -rf --one-file-system /run/migrrdma
     sed -i 's/"boot": *"[^"]*"/"boot":"before"/' /var/lib/migrrdma/incoming/*/prepared.json 2>/dev/null
-    systemctl start migrrdma-agent
-    for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1"#;
+    systemctl start {AGENT}; {ANSWERS}"#
+    )
+}
 
 fn restarted(ctx: &mut Context) -> Result<()> {
     let mut dies = Standstill::of(NodeSpec::by_name("dst")?)?;
@@ -257,7 +261,7 @@ fn restarted(ctx: &mut Context) -> Result<()> {
     let name = "ck-alone";
     let running = loopback_commits(&mut stage, name)?;
     dies.pull()?;
-    stage.ctx.dst.sh(RESTART).context("restart")?;
+    stage.ctx.dst.sh(&restart()).context("restart")?;
     dies.end()?;
     // Until nobody has connections any more that ended unnoticed.
     thread::sleep(LONG);

@@ -1,0 +1,23 @@
+//! The agent that runs on a node as a service: waiting for it, and killing it. Scripts are for the node's shell, so that a
+//! step that belongs to them is not a round trip later.
+
+use anyhow::{Context as _, Result};
+
+use super::node::Node;
+
+/// Its unit.
+pub const AGENT: &str = "migrrdma-agent.service";
+
+/// Script: ends as soon as the agent answers, with status 1 if it does not within 20 seconds or so.
+pub const ANSWERS: &str =
+    "(for i in $(seq 100); do migrrdma status >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1)";
+
+/// Waits until the agent of a node answers.
+pub fn answering(node: &Node) -> Result<()> {
+    node.sh(ANSWERS).map(drop).with_context(|| format!("the agent of {} does not answer", node.name()))
+}
+
+/// Script: kills the agent, but not what it has started, and starts the next one.
+pub fn killed_and_started() -> String {
+    format!("systemctl kill --kill-whom=main --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}")
+}
