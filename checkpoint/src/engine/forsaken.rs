@@ -33,12 +33,7 @@ fn remove(agent: &Agent, container: &str, store: &Store) -> Result<(), String> {
     }
     eprintln!("container {container} was taken back by the host it came from: the copy here is removed");
     agent.moved.forget_guest(container);
-    let link = match found.and_then(|found| agent.host.wire(&found.bundle, None)) {
-        Ok(Some(mut wire)) => wire.down(),
-        Ok(None) => Ok(()),
-        Err(e) => Err(e),
-    };
-    if let Err(e) = link {
+    if let Err(e) = found.and_then(|found| agent.host.unplug(&found.bundle, None)) {
         eprintln!("container {container}, which is gone: its network: {e}");
     }
     Ok(())

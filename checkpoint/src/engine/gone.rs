@@ -92,6 +92,20 @@ pub(super) fn look<'a>(
     if by.is_empty() { sight } else { Sight::Elsewhere(by) }
 }
 
+/// Why a host of which `why` was found out is not taken for gone; `end` names it as an end of the migration.
+pub(super) fn odd(end: &str, why: &str) -> String {
+    format!("{end} cannot be taken for gone: {why}")
+}
+
+/// The same of one that answers `by`.
+pub(super) fn elsewhere(end: &str, by: &[String]) -> String {
+    format!(
+        "{end} does not answer here, but it answers {}: it is not gone, the line between is cut; once it is mended the \
+         migration goes on by itself",
+        by.join(", ")
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -187,3 +187,10 @@ pub trait Host: Send + Sync + 'static {
     /// CRIU's version (40101 is 4.1.1).
     fn criu(&self) -> Result<u32>;
 }
+
+impl dyn Host {
+    /// Takes a container's addresses off the network, if it has any of its own.
+    pub(super) fn unplug(&self, bundle: &Path, init: Option<i32>) -> Result<()> {
+        self.wire(bundle, init)?.map_or(Ok(()), |mut wire| wire.down())
+    }
+}

@@ -74,12 +74,7 @@ fn copy(record: &Record) -> Option<Container> {
 /// nobody hears its sockets end.
 fn end(agent: &Agent, copy: &Container) -> Result<(), String> {
     eprintln!("container {} was taken over by the host it went to: the copy here is removed", copy.id);
-    let link = match agent.host.wire(&copy.bundle, Some(copy.init)) {
-        Ok(Some(mut wire)) => wire.down(),
-        Ok(None) => Ok(()),
-        Err(e) => Err(e),
-    };
-    if let Err(e) = link {
+    if let Err(e) = agent.host.unplug(&copy.bundle, Some(copy.init)) {
         // Its network may have ended with its tasks.
         eprintln!("container {}: its network: {e}", copy.id);
     }

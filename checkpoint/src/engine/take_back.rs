@@ -111,12 +111,8 @@ fn allowed(record: &Record, heard: &Heard, sure: bool) -> Result<(), String> {
             "its destination {to} answers; the container had gone on there, and the migration ends by itself"
         )),
         Heard::Lost => Ok(()),
-        Heard::Odd(why) => Err(format!("its destination {to} cannot be taken for gone: {why}")),
-        Heard::Elsewhere(by) => Err(format!(
-            "its destination {to} does not answer here, but it answers {}: it is not gone, the line between is cut; \
-             once it is mended the migration goes on by itself",
-            by.join(", ")
-        )),
+        Heard::Odd(why) => Err(gone::odd(&format!("its destination {to}"), why)),
+        Heard::Elsewhere(by) => Err(gone::elsewhere(&format!("its destination {to}"), by)),
         Heard::Silence(_) if sure => Ok(()),
         Heard::Silence(why) => {
             let ran =

@@ -143,12 +143,8 @@ fn allowed(entry: &Entry, sight: &Sight, sure: bool) -> Result<(), String> {
             "its source {source} answers: the migration goes on by itself, or is undone; see `migrrdma status` on both \
              hosts"
         )),
-        Sight::Odd(why) => Err(format!("its source {source} cannot be taken for gone: {why}")),
-        Sight::Elsewhere(by) => Err(format!(
-            "its source {source} does not answer here, but it answers {}: it is not gone, the line between is cut; once \
-             it is mended the migration goes on by itself",
-            by.join(", ")
-        )),
+        Sight::Odd(why) => Err(gone::odd(&format!("its source {source}"), why)),
+        Sight::Elsewhere(by) => Err(gone::elsewhere(&format!("its source {source}"), by)),
         Sight::Silence(_) if sure => Ok(()),
         Sight::Silence(why) => Err(format!(
             "its source {source} does not answer: {why}. If that host is gone for good, `migrrdma recover {container} \
