@@ -9,7 +9,7 @@
 //!
 //! Everything is on disk: kernel objects that would remind us do not stay behind.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -221,6 +221,11 @@ impl Moved {
         homes
     }
 
+    /// Agents to whose hosts something moved.
+    pub fn hosts(&self) -> BTreeSet<String> {
+        self.tables().moved.values().flatten().map(|p| p.at.clone()).collect()
+    }
+
     /// Remote keys of the process that shows this end, as last heard.
     pub fn all(&self) -> Vec<MovedProcess> {
         self.tables().moved.values().flatten().cloned().collect()
@@ -345,5 +350,6 @@ mod tests {
         let by = |gid| again.resolve(VGid([gid; 16]), VQpn(17)).unwrap().pgid;
         assert_eq!((by(5), by(1)), (PGid([6; 16]), PGid([2; 16])), "the GID that was asked for counts, then the QP's");
         assert_eq!(again.homes(VGid([1; 16]), VQpn(FIRST + 1)), vec!["dst:7477".to_owned()]);
+        assert_eq!(again.hosts().into_iter().collect::<Vec<_>>(), ["dst:7477"]);
     }
 }

@@ -34,6 +34,9 @@ const UNDERSTANDS_LATER: u32 = 4;
 /// An agent that did not answer is not asked again for this long.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// Agents that are asked at the same time when the one that should know is silent.
+const AT_ONCE: usize = 16;
+
 /// So many of them are remembered.
 const SILENT: usize = 4096;
 
@@ -224,8 +227,37 @@ impl Agent {
         }
         match self.agent_of(PGid(vgid.0)) {
             at if at == LOCAL => Ok(None),
-            at => self.resolve_there(&at, vgid, vqpn, None).map_err(|still| still.by),
+            at => match self.resolve_there(&at, vgid, vqpn, None).map_err(|still| still.by)? {
+                None if self.is_silent(&at) => self.resolve_around(&at, vgid, vqpn),
+                found => Ok(found),
+            },
         }
+    }
+
+    /// The host that shows this GID has no agent, or is off; what once was there may have moved, and whoever took part in
+    /// that knows where it is.
+    fn resolve_around(&self, silent: &str, vgid: VGid, vqpn: VQpn) -> Result<Option<Resolved>, MigrationId> {
+        let known = self.known_agents();
+        let others: Vec<&String> = known.iter().filter(|at| *at != silent).collect();
+        let until = Instant::now() + RESOLVE;
+        for some in others.chunks(AT_ONCE).take_while(|_| Instant::now() < until) {
+            let found = std::thread::scope(|scope| {
+                let asked: Vec<_> =
+                    some.iter().map(|at| scope.spawn(|| self.resolve_there(at, vgid, vqpn, None))).collect();
+                let join = |t: std::thread::ScopedJoinHandle<'_, _>| {
+                    t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                };
+                asked.into_iter().map(join).find(|answer| !matches!(answer, Ok(None)))
+            });
+            if let Some(found) = found {
+                return found.map_err(|still: Still| still.by);
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_silent(&self, at: &str) -> bool {
+        lock(&self.silent).get(at).is_some_and(|until| Instant::now() < *until)
     }
 
     /// What this agent knows by itself, or through the container's present home: answers [`Order::Resolve`].
@@ -264,7 +296,7 @@ impl Agent {
     }
 
     fn resolve_there(&self, at: &str, vgid: VGid, vqpn: VQpn, asker: Option<&str>) -> Result<Option<Resolved>, Still> {
-        if lock(&self.silent).get(at).is_some_and(|until| Instant::now() < *until) {
+        if self.is_silent(at) {
             return Ok(None);
         }
         let order = Order::Resolve { vgid, vqpn, asker: asker.map(str::to_owned) };

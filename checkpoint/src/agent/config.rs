@@ -26,7 +26,8 @@ pub struct Config {
     pub tls: TlsFiles,
     /// Agents' addresses for GIDs that are not addresses of their hosts: `{"fe80::1": "10.0.0.2:7477"}`.
     pub gid_map: BTreeMap<IpAddr, String>,
-    /// Agents to ask when a GID says nothing about its host (link-local ones).
+    /// Agents to ask when a GID says nothing about its host (link-local ones), or when the agent there is silent and a
+    /// container may have left that host. Those met in a migration are asked as well.
     pub agents: Vec<String>,
     /// `address:port` where anybody may fetch the metrics over plain HTTP; nowhere if absent.
     pub metrics: Option<SocketAddr>,

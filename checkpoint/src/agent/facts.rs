@@ -116,15 +116,19 @@ impl Agent {
         }
     }
 
+    /// Agents that this one was told of, or has met, or that it knows to have taken a container.
+    pub fn known_agents(&self) -> BTreeSet<String> {
+        let told = self.config.agents.iter().chain(self.config.gid_map.values()).cloned();
+        told.chain(self.moved.hosts()).chain(super::lock(&self.met).iter().cloned()).collect()
+    }
+
     /// For GIDs that name no address, or one that only RDMA reaches: asks every agent we know of, and those that they
     /// know of. Answers are remembered.
     fn ask_around(&self, gid: PGid) -> Option<String> {
         if let Some(at) = super::lock(&self.owners).get(&gid) {
             return Some(at.clone());
         }
-        let mut known: Vec<String> = self.config.agents.clone();
-        known.extend(self.config.gid_map.values().cloned());
-        known.extend(super::lock(&self.met).iter().cloned());
+        let mut known: Vec<String> = self.known_agents().into_iter().collect();
         let until = Instant::now() + SEARCH;
         let mut asked = BTreeSet::new();
         while let Some(at) = known.pop() {

@@ -25,6 +25,7 @@ mod rebuild;
 pub mod settled;
 pub mod stage;
 mod surroundings;
+mod switched_off;
 mod taken_back;
 mod tmpfs;
 mod undone;
@@ -49,6 +50,7 @@ pub const GROUPS: &[&[Scenario]] = &[
     killed::CLAIMS,
     lines::CLAIMS,
     lost_source::CLAIMS,
+    switched_off::CLAIMS,
     copies::CLAIMS,
     disk::CLAIMS,
     taken_back::CLAIMS,

@@ -152,7 +152,7 @@ fn moved(
     let mut client = command(program, stage.ctx.src.spec.gid_index, options);
     client.push(SERVER_IP.to_owned());
     stage.run(SERVER, 160, server_homes, &words(&server))?;
-    listening(&stage)?;
+    listening(&stage, SERVER)?;
     stage.run(CLIENT, 161, client_homes, &words(&client))?;
     connected(&stage, qps(program, options))?;
     // Into the middle of the run, not into its set-up.
@@ -175,13 +175,13 @@ fn words(argv: &[String]) -> Vec<&str> {
     argv.iter().map(String::as_str).collect()
 }
 
-/// Waits until the server's container listens, seen from inside its network namespace.
-fn listening(stage: &Stage) -> Result<()> {
+/// Waits until a container listens as servers of perftest do, seen from inside its network namespace.
+pub fn listening(stage: &Stage, name: &str) -> Result<()> {
     let script = format!(
-        "for i in $(seq 300); do ip netns exec {SERVER} ss -Hltn | grep -q :18515 && exit 0; sleep 0.1; done; exit 1"
+        "for i in $(seq 300); do ip netns exec {name} ss -Hltn | grep -q :18515 && exit 0; sleep 0.1; done; exit 1"
     );
-    stage.ctx.peer.sh(&script).map(drop).with_context(|| {
-        format!("the server does not listen; it said:\n{}", tail(&stage.log(SERVER).unwrap_or_default()))
+    stage.node_of(name)?.sh(&script).map(drop).with_context(|| {
+        format!("the server does not listen; it said:\n{}", tail(&stage.log(name).unwrap_or_default()))
     })
 }
 
