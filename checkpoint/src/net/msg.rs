@@ -288,6 +288,8 @@ pub struct MemoryPages {
     pub runs: Vec<(u32, u32)>,
     /// These are all zeros.
     pub zeros: Vec<(u32, u32)>,
+    /// Without this attribute they would go over one by one.
+    #[serde(with = "serde_bytes")]
     pub bytes: Vec<u8>,
 }
 
