@@ -26,7 +26,15 @@ pub struct Hindrance<'a> {
 /// From `src` to `dst`, with the other end on `peer`.
 pub fn hindered(ctx: &mut Context, h: &Hindrance<'_>) -> Result<()> {
     let mut stage = Stage::new(ctx);
-    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], &["--qps", "2"])?;
+    // What is begun as pre-setup begins is to be there before suspension, and takes a second or two on an emulated node.
+    // Memory that goes ahead makes it long enough.
+    let load: &[&str] = if h.phase == "pre-setup" {
+        stage.memory_in_files();
+        &["--qps", "2", "--registered", "32"]
+    } else {
+        &["--qps", "2"]
+    };
+    let pair = Pair::start(&mut stage, 0, &["src", "dst"], &["peer"], load)?;
     let running = stage.begin_migration(&pair.client, "dst", &[])?;
     running.wait_for(&format!("\"enter\",\"phase\":\"{}\"", h.phase), Duration::from_secs(120))?;
     stage.ctx.node(h.node)?.sh(h.begin)?;
