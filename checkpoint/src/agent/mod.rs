@@ -168,7 +168,7 @@ impl Agent {
         make_dir(&config.state_dir)?;
         let doors = Doors::open(&config.run_dir).map_err(|e| wrap(&config.run_dir, e))?;
         let identity = Identity::load(&config.tls).map_err(|e| chain(&e));
-        let silence = Duration::from_secs(config.deadlines.silence).max(BEAT * 2);
+        let silence = silence(&config);
         let client =
             Client::new(identity.as_ref().map(|i| i.client.clone()).map_err(Clone::clone), config.port(), silence);
         let under_way = Arc::new(UnderWay::default());
@@ -217,7 +217,8 @@ impl Agent {
                 let listen = self.config.listen.clone();
                 let failed = |source| StartError::Listen { listen: listen.clone(), source };
                 let listener = TcpListener::bind(&listen).map_err(failed)?;
-                server::serve(listener, identity.server.clone(), self.clone()).map_err(failed)?;
+                server::serve(listener, identity.server.clone(), silence(&self.config), self.clone())
+                    .map_err(failed)?;
                 eprintln!("listening on {listen} for other agents");
             }
             Err(why) => eprintln!("no migration from or to this host until it has certificates: {why}"),
@@ -348,6 +349,11 @@ impl Agent {
             order => engine::dest::obey(self, from, id, order),
         }
     }
+}
+
+/// How long another agent may say nothing. One that is at work says so every [`BEAT`].
+fn silence(config: &Config) -> Duration {
+    Duration::from_secs(config.deadlines.silence).max(BEAT * 2)
 }
 
 impl server::Handler for Agent {

@@ -11,6 +11,7 @@ use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
 use super::frame::{AGENT, FrameError};
 use super::msg::{Answer, Back, Call, Order, Refusal};
+use super::unheard;
 use rdma_virt::id::MigrationId;
 
 /// How long a connection may take to be made, whatever the call's own deadline is.
@@ -215,6 +216,7 @@ impl Client {
         }
         let Some(tcp) = tcp else { return Err(wrap(last)) };
         tcp.set_nodelay(true).map_err(wrap)?;
+        unheard::end_after(&tcp, self.silence).map_err(wrap)?;
         // The zone of a link-local address is no part of a name.
         let plain = host.split('%').next().unwrap_or(&host).to_owned();
         let server = ServerName::try_from(plain).map_err(|_| CallError::Address(at.into()))?;

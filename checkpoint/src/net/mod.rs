@@ -8,6 +8,7 @@
 //! | [`client`] | calling another agent |
 //! | [`server`] | being called |
 //! | [`beat`] | signs of life while a call is worked on |
+//! | [`unheard`] | what the kernel does when there are none |
 //! | [`link`] | a container's own interface: down, up, announced |
 //!
 //! Nothing here knows what a message means: [`crate::agent`] and [`crate::engine`] do.
@@ -19,3 +20,4 @@ pub mod link;
 pub mod msg;
 pub mod server;
 pub mod tls;
+pub mod unheard;

@@ -14,6 +14,7 @@ use super::beat::Beat;
 use super::client::Deadlined;
 use super::frame::{AGENT, FrameError};
 use super::msg::{Back, Call, Return};
+use super::unheard;
 use crate::agent::metrics::Reason;
 
 /// Connections at a time; more are closed at once.
@@ -36,8 +37,14 @@ pub trait Handler: Send + Sync + 'static {
     fn rejected(&self, reason: Reason);
 }
 
-/// Serves until the process ends.
-pub fn serve(listener: TcpListener, config: Arc<ServerConfig>, handler: Arc<dyn Handler>) -> io::Result<()> {
+/// Serves until the process ends. Callers that acknowledge nothing for as long as `silence` are given up.
+pub fn serve(
+    listener: TcpListener,
+    config: Arc<ServerConfig>,
+    silence: Duration,
+    handler: Arc<dyn Handler>,
+) -> io::Result<()> {
+    unheard::end_after(&listener, silence)?;
     let live = Arc::new(AtomicUsize::new(0));
     thread::Builder::new().name("net-accept".into()).spawn(move || {
         loop {
@@ -191,7 +198,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let echo = Arc::new(Echo::default());
-        serve(listener, identity.server.clone(), echo.clone()).unwrap();
+        serve(listener, identity.server.clone(), SOON, echo.clone()).unwrap();
         (port, echo)
     }
 
