@@ -17,7 +17,7 @@ use crate::lab::paths::Paths;
 use crate::setup;
 
 /// Version of cargo-fuzz that the options below belong to.
-const CARGO_FUZZ: &str = "0.13";
+const CARGO_FUZZ: &str = "^0.13";
 /// Longest input, bytes: longer than any header, short enough to be quick.
 const LONGEST: usize = 16 << 10;
 /// A target that needs more memory than this has been made to, MiB.

@@ -5,9 +5,12 @@
 //!
 //! Who decides that a container is taken back, and when, is the business of [`super::take_back`] at the source.
 
+use std::fs;
+
 use rdma_virt::id::MigrationId;
 
 use super::dest::{Arrival, State};
+use super::steps::mark;
 use super::store::Store;
 use crate::agent::{Agent, chain, is_plain_name};
 
@@ -52,6 +55,7 @@ impl Arrival {
         if let Err(why) = remove(agent, container, &store) {
             return (State::Running { nursery, store, held, keys }, Err(why));
         }
+        let _ = fs::remove_file(mark(agent, container));
         if let Err(e) = store.remove() {
             eprintln!("{id}: {}", chain(&e));
         }
@@ -137,7 +141,9 @@ mod tests {
         put(&agent, State::Running { nursery: None, store, held, keys: Some(Vec::new()) });
         let refused = obey(&agent, None, ID, Order::Abandon).unwrap_err().to_string();
         assert!(refused.contains("runs here already"), "an undone migration is another matter: {refused}");
+        fs::write(mark(&agent, "c"), "").unwrap();
         ends(&agent);
+        assert!(!mark(&agent, "c").exists());
         assert_eq!(obey(&agent, None, ID, Order::Holds), Ok(Answer::Has(false)));
         // Nobody holds its name any more.
         agent.hold_container(MigrationId([6; 16]), "c").unwrap();

@@ -321,7 +321,7 @@ impl Arrival {
 const MARK: &str = "incubates-";
 
 /// Says that a container's directory was made for an incubator, should the agent end before there is a container.
-fn mark(agent: &Agent, container: &str) -> PathBuf {
+pub(super) fn mark(agent: &Agent, container: &str) -> PathBuf {
     agent.config.run_dir.join(format!("{MARK}{container}"))
 }
 
