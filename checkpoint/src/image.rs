@@ -59,7 +59,6 @@ pub struct ImagedSession {
     /// Numbers the container's later QPs come from: the first, and how many.
     pub lease: (u32, u32),
     /// Who is connected to whom, as JSON of the engine's plan: opaque here.
-    #[serde(with = "serde_bytes")]
     pub plan: Vec<u8>,
 }
 
