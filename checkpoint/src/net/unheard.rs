@@ -11,7 +11,8 @@ use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 /// The connection ends, closed or not, when nothing of what was sent on it was acknowledged for so long. On a socket that
 /// listens it is so for all connections that are accepted.
 pub fn end_after(socket: &impl AsFd, silence: Duration) -> io::Result<()> {
-    let millis = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX);
+    // The kernel takes it for a signed number.
+    let millis = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX).min(i32::MAX as u32);
     Ok(setsockopt(socket, TcpUserTimeout, &millis)?)
 }
 
