@@ -5,12 +5,10 @@
 //!
 //! Who decides that a container is taken back, and when, is the business of [`super::take_back`] at the source.
 
-use std::fs;
-
 use rdma_virt::id::MigrationId;
 
 use super::dest::{Arrival, State};
-use super::steps::mark;
+use super::steps::unmark;
 use super::store::Store;
 use crate::agent::{Agent, chain, is_plain_name};
 
@@ -55,7 +53,7 @@ impl Arrival {
         if let Err(why) = remove(agent, container, &store) {
             return (State::Running { nursery, store, held, keys }, Err(why));
         }
-        let _ = fs::remove_file(mark(agent, container));
+        unmark(agent, container);
         if let Err(e) = store.remove() {
             eprintln!("{id}: {}", chain(&e));
         }
@@ -71,7 +69,9 @@ mod tests {
     use crate::engine::dest::{Entry, obey};
     use crate::engine::fixture::{idle_agent, offer};
     use crate::engine::host::{Held, Result as HostResult};
+    use crate::engine::steps::mark;
     use crate::net::msg::{Answer, Lease, Order};
+    use std::fs;
     use std::net::SocketAddr;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex};

@@ -265,7 +265,7 @@ impl Arrival {
             let _ = nursery.release();
         }
         let _ = fs::remove_file(agent.doors.of(container).join(INCUBATOR));
-        let _ = fs::remove_file(mark(agent, container));
+        unmark(agent, container);
         if let Err(e) = store.remove() {
             eprintln!("{id}: {}", chain(&e));
         }
@@ -303,7 +303,7 @@ impl Arrival {
             if agent.host.container(container).is_err() {
                 remove_dir(agent.doors.of(container));
             }
-            let _ = fs::remove_file(mark(agent, container));
+            unmark(agent, container);
         }
         let nobody = agent.host.container(container).is_err();
         if self.memory.take().is_some() && nobody {
@@ -323,6 +323,11 @@ const MARK: &str = "incubates-";
 /// Says that a container's directory was made for an incubator, should the agent end before there is a container.
 pub(super) fn mark(agent: &Agent, container: &str) -> PathBuf {
     agent.config.run_dir.join(format!("{MARK}{container}"))
+}
+
+/// There is one, or none is to come.
+pub(super) fn unmark(agent: &Agent, container: &str) {
+    let _ = fs::remove_file(mark(agent, container));
 }
 
 /// Removes directories of containers that never came: the agent that made them has ended.

@@ -17,7 +17,12 @@ pub fn answering(node: &Node) -> Result<()> {
     node.sh(ANSWERS).map(drop).with_context(|| format!("the agent of {} does not answer", node.name()))
 }
 
-/// Script: kills the agent, but not what it has started, and starts the next one.
+/// Script: sends a signal to the agent, but not to what it has started.
+pub fn signalled(signal: &str) -> String {
+    format!("systemctl kill --kill-whom=main --signal={signal} {AGENT}")
+}
+
+/// Script: kills the agent, and starts the next one.
 pub fn killed_and_started() -> String {
-    format!("systemctl kill --kill-whom=main --signal=KILL {AGENT}; sleep 0.3; systemctl restart {AGENT}")
+    format!("{}; sleep 0.3; systemctl restart {AGENT}", signalled("KILL"))
 }

@@ -19,9 +19,9 @@ enum End {
     Server,
 }
 
-const SERVER: &str = "pt-server";
-const CLIENT: &str = "pt-client";
-const SERVER_IP: &str = "10.20.0.160";
+pub const SERVER: &str = "pt-server";
+pub const CLIENT: &str = "pt-client";
+pub const SERVER_IP: &str = "10.20.0.160";
 
 const PERFTEST: &[&str] = &["ib_write_bw", "ib_send_bw", "ib_read_bw", "ib_atomic_bw", "ib_send_lat"];
 const PINGPONG: &[&str] = &["ibv_rc_pingpong", "ibv_srq_pingpong"];

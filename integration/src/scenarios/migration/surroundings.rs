@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 
 use super::hindered::{Hindrance, hindered};
 use super::stage::{Pair, Stage};
-use crate::lab::agent::AGENT;
+use crate::lab::agent::signalled;
 use crate::scenario::{Context, Scenario};
 
 const LIMIT: Duration = Duration::from_secs(600);
@@ -28,11 +28,11 @@ pub const CLAIMS: &[Scenario] = &[
         hindered(c, &Hindrance { node: "src", phase: "suspend", begin: FILL, end: EMPTY, words: &["no space left"] })
     }),
     claim!("a destination that falls silent during the transfer: the source goes on and a later move succeeds", |c| {
-        let (begin, end) = (&format!("systemctl kill --kill-whom=main --signal=STOP {AGENT}"), &continued());
+        let (begin, end) = (&signalled("STOP"), &signalled("CONT"));
         hindered(c, &Hindrance { node: "dst", phase: "transfer", begin, end, words: &["10.10.0.2"] })
     }),
     claim!("a peer whose agent falls silent during suspension: the source goes on and a later move succeeds", |c| {
-        let (begin, end) = (&format!("systemctl kill --kill-whom=main --signal=STOP {AGENT}"), &continued());
+        let (begin, end) = (&signalled("STOP"), &signalled("CONT"));
         hindered(c, &Hindrance { node: "peer", phase: "pre-setup", begin, end, words: &["10.10.0.3"] })
     }),
     claim!("a peer that is paused during suspension: the source goes on and a later move succeeds", |c| {
@@ -51,10 +51,6 @@ pub const CLAIMS: &[Scenario] = &[
 const FILL: &str = "fallocate -l $(( ($(stat -f -c %f /var/lib) - 256) * $(stat -f -c %S /var/lib) )) /var/lib/full; \
                     dd if=/dev/zero of=/var/lib/full bs=4096 oflag=append conv=notrunc 2>/dev/null; true";
 const EMPTY: &str = "rm -f /var/lib/full";
-
-fn continued() -> String {
-    format!("systemctl kill --kill-whom=main --signal=CONT {AGENT}")
-}
 
 fn clocks(ctx: &mut Context) -> Result<()> {
     let mut stage = Stage::new(ctx);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::perftest::listening;
+use super::perftest::{CLIENT, SERVER, SERVER_IP, listening};
 use super::stage::{Pair, Stage};
 use crate::lab::standstill::Standstill;
 use crate::lab::topology::NodeSpec;
@@ -20,9 +20,6 @@ pub const CLAIMS: &[Scenario] = &[Scenario {
     run: switched_off,
 }];
 
-const SERVER: &str = "pt-server";
-const CLIENT: &str = "pt-client";
-const SERVER_IP: &str = "10.20.0.160";
 const PROGRAM: [&str; 6] = ["ib_write_bw", "-F", "-u", QP_TIMEOUT, "-D", "5"];
 
 /// As perftest shows the GID of the host that is off.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::disk::{refused, succeeds};
 use super::settled::{self, settled};
 use super::stage::{CHECKER, Pair, Stage, tail};
-use crate::lab::agent::{AGENT, ANSWERS};
+use crate::lab::agent::{AGENT, ANSWERS, signalled};
 use crate::lab::bundle::BUNDLES;
 use crate::lab::node::{Node, Running};
 use crate::lab::standstill::Standstill;
@@ -245,13 +245,14 @@ fn reached(ctx: &mut Context) -> Result<()> {
 /// and notes that do not outlive a start of the kernel are of another one.
 fn restart() -> String {
     format!(
-        r#"systemctl kill --kill-whom=main --signal=KILL {AGENT}; systemctl stop {AGENT}
+        r#"{}; systemctl stop {AGENT}
     pkill -KILL -f '^/proc/self/exe (monitor|incubator)'; pkill -KILL -x migrrdma; pkill -KILL -x criu
     pkill -KILL -x rdma-checker; sleep 0.5
     grep -o ' /run/migrrdma/[^ ]*' /proc/self/mounts | tac | xargs -r -n1 umount -l
     rm -rf --one-file-system /run/migrrdma
     sed -i 's/"boot": *"[^"]*"/"boot":"before"/' /var/lib/migrrdma/incoming/*/prepared.json 2>/dev/null
-    systemctl start {AGENT}; {ANSWERS}"#
+    systemctl start {AGENT}; {ANSWERS}"#,
+        signalled("KILL")
     )
 }
 
