@@ -10,7 +10,9 @@
 //! | [`criu`] | driving stock CRIU |
 //! | [`image`], [`incubator`], [`uverbs`] | RDMA objects on disk, and made anew in the kernel |
 //! | [`likeness`] | what sysfs goes on showing of a device |
+//! | `at_once` | one question put to many |
 pub mod agent;
+mod at_once;
 pub mod criu;
 pub mod engine;
 pub mod image;

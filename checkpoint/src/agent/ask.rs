@@ -11,6 +11,7 @@ use rdma_virt::msg::{Answer, Ask, Hello, OLDEST, Role, VERSION};
 use super::connecting::Still;
 use super::metrics::{Door, Lookup, Reason};
 use super::{Agent, LOCAL, facts, lock, procs};
+use crate::at_once::at_once;
 use crate::moved;
 use crate::net::client::CallError;
 use crate::net::frame::{FrameError, SHIM};
@@ -241,15 +242,8 @@ impl Agent {
         let others: Vec<&String> = known.iter().filter(|at| *at != silent).collect();
         let until = Instant::now() + RESOLVE;
         for some in others.chunks(AT_ONCE).take_while(|_| Instant::now() < until) {
-            let found = std::thread::scope(|scope| {
-                let asked: Vec<_> =
-                    some.iter().map(|at| scope.spawn(|| self.resolve_there(at, vgid, vqpn, None))).collect();
-                let join = |t: std::thread::ScopedJoinHandle<'_, _>| {
-                    t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-                };
-                asked.into_iter().map(join).find(|answer| !matches!(answer, Ok(None)))
-            });
-            if let Some(found) = found {
+            let asked = at_once(some, |at| self.resolve_there(at, vgid, vqpn, None));
+            if let Some(found) = asked.into_iter().find(|answer| !matches!(answer, Ok(None))) {
                 return found.map_err(|still: Still| still.by);
             }
         }

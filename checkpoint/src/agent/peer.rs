@@ -6,6 +6,7 @@
 
 use std::net::SocketAddr;
 use std::process::Command;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,9 +16,10 @@ use rdma_virt::saved::{ProcessState, QpPhase};
 
 use super::metrics::{Lookup, Outcome};
 use super::parking::Parked;
-use super::shims::ShimError;
+use super::shims::{Shim, ShimError};
 use super::under_way::Role;
 use super::{Agent, LOCAL, facts, lock, procs};
+use crate::at_once::at_once;
 use crate::net::msg::{Answer, End, FarEnd, Fate, Link, Order, Refusal};
 
 /// A source that said nothing for this long is asked.
@@ -67,22 +69,14 @@ impl Agent {
     /// in the log.
     pub fn reports(&self) -> Vec<(String, ProcessState)> {
         let all = self.shims.all();
-        thread::scope(|scope| {
-            let asked: Vec<_> = all
-                .iter()
-                .map(|shim| scope.spawn(move || (shim.container.clone(), shim.report(self.answer_time()))))
-                .collect();
-            asked
-                .into_iter()
-                .filter_map(|t| match t.join().ok()? {
-                    (container, Ok(state)) => Some((container, state)),
-                    (_, Err(e)) => {
-                        eprintln!("{}", super::chain(&e));
-                        None
-                    }
-                })
-                .collect()
-        })
+        let report = |shim: &Arc<Shim>| match shim.report(self.answer_time()) {
+            Ok(state) => Some((shim.container.clone(), state)),
+            Err(e) => {
+                eprintln!("{}", super::chain(&e));
+                None
+            }
+        };
+        at_once(&all, report).into_iter().flatten().collect()
     }
 
     /// Answers [`Order::Find`].

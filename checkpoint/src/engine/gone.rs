@@ -4,12 +4,12 @@
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
-use std::thread;
 use std::time::Duration;
 
 use rdma_virt::id::MigrationId;
 
-use crate::agent::{Agent, LOCAL, chain, lock};
+use crate::agent::{Agent, LOCAL, chain};
+use crate::at_once::at_once;
 use crate::net::client::CallError;
 use crate::net::frame::FrameError;
 use crate::net::msg::{Answer, Order};
@@ -78,17 +78,13 @@ pub(super) fn look<'a>(
     if !matches!(sight, Sight::Silence(_)) {
         return sight;
     }
-    let met = lock(&agent.met).clone();
-    let others: BTreeSet<String> = take_part.cloned().chain(met).collect();
-    let reaches = |other: &String| {
+    let mut others: BTreeSet<String> = take_part.cloned().chain(agent.known_agents()).collect();
+    others.retain(|other| other != LOCAL && other != at);
+    let reaches = |other: String| {
         let order = Order::Reaches { at: at.to_owned() };
-        matches!(agent.call(other, None, order, ANSWER), Ok(Answer::Has(true))).then(|| other.clone())
+        matches!(agent.call(&other, None, order, ANSWER), Ok(Answer::Has(true))).then_some(other)
     };
-    let by: Vec<String> = thread::scope(|scope| {
-        let others = others.iter().filter(|other| *other != LOCAL && *other != at);
-        let asked: Vec<_> = others.map(|other| scope.spawn(move || reaches(other))).collect();
-        asked.into_iter().filter_map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
-    });
+    let by: Vec<String> = at_once(others, reaches).into_iter().flatten().collect();
     if by.is_empty() { sight } else { Sight::Elsewhere(by) }
 }
 

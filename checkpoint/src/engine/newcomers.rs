@@ -1,14 +1,16 @@
 //! Processes that were just restored here: which of them still exist, and questions to their shims, which connect only
 //! now. What the answers mean for the migration is the business of [`super::dest`] and [`super::rebuild`].
 
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rdma_virt::id::{MigrationId, Vpid};
 use rdma_virt::msg::{KeyTable, Reply, Request};
 use rdma_virt::saved::AdoptedProcess;
 
+use crate::agent::shims::Shim;
 use crate::agent::{Agent, chain, procs};
+use crate::at_once::at_once;
 
 /// Those of the processes that still exist. One that ended after the move has nothing to take any more; its objects
 /// went with it.
@@ -55,13 +57,9 @@ pub(super) fn ask_shims(
         let missing: Vec<String> = missing.iter().map(|v| v.0.to_string()).collect();
         format!("pids {} have not connected within {} s", missing.join(", "), wait.as_secs())
     })?;
-    let asked: Vec<_> = thread::scope(|scope| {
-        let running: Vec<_> = shims
-            .iter()
-            .zip(asks)
-            .map(|(shim, (vpid, request))| scope.spawn(move || (vpid, shim.ask(Some(id), request, deadline))))
-            .collect();
-        running.into_iter().map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
-    });
-    asked.into_iter().map(|(vpid, reply)| reply.map(|r| (vpid, r)).map_err(|e| chain(&e))).collect()
+    let ask = |(shim, (vpid, request)): (&Arc<Shim>, (Vpid, Request))| match shim.ask(Some(id), request, deadline) {
+        Ok(reply) => Ok((vpid, reply)),
+        Err(e) => Err(chain(&e)),
+    };
+    at_once(shims.iter().zip(asks), ask).into_iter().collect()
 }

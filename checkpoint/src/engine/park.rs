@@ -30,6 +30,7 @@ use crate::agent::metrics::Operation;
 use crate::agent::sessions::{Init, Session};
 use crate::agent::under_way::Role;
 use crate::agent::{Agent, LOCAL, chain, facts, lock};
+use crate::at_once::at_once;
 use crate::image::{self, ImagedSession, Secret};
 use crate::net::msg::{BornQp, Lease, MovedProcess, Order};
 use crate::phase::Phase;
@@ -319,10 +320,7 @@ fn tell_peers(world: &dyn World, id: MigrationId, parking: &Parking) -> Result<(
             }
         }
     };
-    let failed: Vec<String> = thread::scope(|scope| {
-        let running: Vec<_> = parking.peers.iter().map(|peer| scope.spawn(|| tell(peer))).collect();
-        running.into_iter().filter_map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
-    });
+    let failed: Vec<String> = at_once(&parking.peers, tell).into_iter().flatten().collect();
     if failed.is_empty() {
         Ok(())
     } else {

@@ -30,6 +30,7 @@ use crate::agent::metrics::{Operation, Outcome};
 use crate::agent::shims::ShimError;
 use crate::agent::under_way::{Role, Seen, Stage};
 use crate::agent::{LOCAL, chain};
+use crate::at_once::at_once;
 use crate::image::HandOver;
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, DeviceFacts, Lease, Order, Refusal};
@@ -509,16 +510,7 @@ impl<'a> Run<'a> {
 
     /// Does `f` for all at the same time.
     pub(super) fn fan_out<T: Send + Sync, R: Send>(&self, items: Vec<T>, f: impl Fn(&T) -> R + Sync) -> Vec<(T, R)> {
-        let results: Vec<R> = if items.len() <= 1 {
-            items.iter().map(&f).collect()
-        } else {
-            thread::scope(|scope| {
-                let running: Vec<_> = items.iter().map(|item| scope.spawn(|| f(item))).collect();
-                let join =
-                    |t: thread::ScopedJoinHandle<'_, R>| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
-                running.into_iter().map(join).collect()
-            })
-        };
+        let results = at_once(&items, f);
         items.into_iter().zip(results).collect()
     }
 

@@ -32,6 +32,7 @@ use super::world::World;
 use super::{Cancel, Progress, take_over};
 use crate::agent::admin::Event;
 use crate::agent::{Agent, chain, lock};
+use crate::at_once::at_once;
 use crate::memory_image;
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, Order};
@@ -409,10 +410,7 @@ fn tell_peers(agent: &Agent, id: MigrationId, record: &Record) -> Vec<String> {
         let failed = agent.call(at, Some(id), order, wait).err()?;
         Some(format!("a peer was not told and will ask: {}", chain(&failed)))
     };
-    let deaf = thread::scope(|scope| {
-        let asked: Vec<_> = record.peers.iter().map(|(at, _)| scope.spawn(move || tell(at))).collect();
-        asked.into_iter().filter_map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
-    });
+    let deaf = at_once(&record.peers, |(at, _)| tell(at)).into_iter().flatten().collect();
     World::let_go(agent, id);
     deaf
 }
