@@ -8,8 +8,9 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::engine::memory::{Memory, MemoryError};
-use crate::engine::pages::{CHUNK, PAGE};
+use crate::engine::pages::CHUNK;
 use crate::engine::regmem;
+use crate::engine::view::View;
 use crate::net::msg::{MemoryPages, Order, PIECE};
 
 /// Its name in an image directory.
@@ -46,8 +47,13 @@ pub fn save(dir: &Path, images: &Path) -> Result<(), MemoryImageError> {
     out.write_all(&MAGIC).map_err(wrap)?;
     put(&mut out, &Order::Memory { files: files.iter().map(|(_, file)| file.clone()).collect() }).map_err(wrap)?;
     for (file, meta) in &files {
-        for (chunk, pages) in regmem::filled(file).map_err(wrap)? {
-            let diff = regmem::compare(file, chunk, &[], &mut vec![0; pages * PAGE]).map_err(wrap)?;
+        if meta.len == 0 {
+            continue;
+        }
+        let view = View::of(file, meta.len).map_err(wrap)?;
+        for (chunk, data) in regmem::filled(file).map_err(wrap)? {
+            // The container stands still; a file that is cut short all the same is zeros from there on.
+            let (diff, _) = regmem::compare(&view, chunk, &[], &data);
             let (first, runs, zeros, bytes) = (chunk * CHUNK as u64, diff.runs, diff.zeros, diff.bytes);
             let pages = MemoryPages { file: meta.name.clone(), first, runs, zeros, bytes };
             put(&mut out, &Order::Pages(vec![pages])).map_err(wrap)?;

@@ -106,6 +106,7 @@ pub mod store;
 pub(crate) mod superseded;
 pub mod take_back;
 pub(crate) mod take_over;
+pub(crate) mod view;
 pub mod world;
 
 use std::sync::{Mutex, PoisonError};

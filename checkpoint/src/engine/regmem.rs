@@ -5,11 +5,12 @@
 //!
 //! What the files mean, and who registered what, is not known here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use super::pages::{CHUNK, Diff, PAGE, Print, diff};
 use super::source::{Run, Stop, confused};
+use super::view::{Torn, View};
 use crate::agent::admin::Event;
 use crate::net::msg::{Answer, MemoryFile, MemoryPages, Order, PIECE};
 use crate::phase::Phase;
@@ -25,7 +27,7 @@ use crate::phase::Phase;
 /// For one piece.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Threads that read and hash.
+/// Threads that compare.
 const WORKERS: usize = 4;
 
 /// Rounds end when one had so little to send, bytes,
@@ -45,6 +47,8 @@ struct KnownFile {
     file: MemoryFile,
     /// By number of the chunk; those that are missing are zeros.
     chunks: BTreeMap<u64, Vec<Print>>,
+    /// Kept from round to round: the last one, in the pause, finds its pages mapped.
+    view: Option<View>,
 }
 
 /// What one round did.
@@ -61,9 +65,10 @@ pub(super) struct Round {
 struct Job<'a> {
     file: usize,
     chunk: u64,
-    /// Pages of it that have memory, or had.
-    pages: usize,
+    /// Pages of it that have memory.
+    data: Vec<Range<usize>>,
     known: &'a [Print],
+    view: &'a View,
 }
 
 impl Run<'_> {
@@ -81,7 +86,7 @@ impl Run<'_> {
         // A file that is another one by now begins anew on both sides.
         known.0.retain(|name, known| files.iter().any(|f| f.name == *name && *f == known.file));
         for file in &files {
-            let fresh = || KnownFile { file: file.clone(), chunks: BTreeMap::new() };
+            let fresh = || KnownFile { file: file.clone(), chunks: BTreeMap::new(), view: None };
             known.0.entry(file.name.clone()).or_insert_with(fresh);
         }
         let result = self.changes(&open, &mut known, phase);
@@ -115,46 +120,51 @@ impl Run<'_> {
     }
 
     fn changes(&self, open: &[(File, MemoryFile)], known: &mut Known, phase: Phase) -> Result<(u64, u64), Stop> {
+        for (file, meta) in open.iter().filter(|(_, meta)| meta.len > 0) {
+            let known = known.0.get_mut(&meta.name).filter(|known| known.view.is_none());
+            if let Some(known) = known {
+                known.view = Some(View::of(file, meta.len).map_err(|e| lost(&meta.name, &e))?);
+            }
+        }
         let mut jobs = Vec::new();
         for (n, (file, meta)) in open.iter().enumerate() {
-            let chunks = &known.0[&meta.name].chunks;
-            let mut pages = filled(file).map_err(|e| lost(&meta.name, &e))?;
-            for (chunk, known) in chunks {
-                let pages = pages.entry(*chunk).or_insert(0);
-                *pages = known.len().max(*pages);
+            let KnownFile { chunks, view: Some(view), .. } = &known.0[&meta.name] else { continue };
+            let mut data = filled(file).map_err(|e| lost(&meta.name, &e))?;
+            for chunk in chunks.keys() {
+                data.entry(*chunk).or_default();
             }
             let known = |chunk| chunks.get(&chunk).map_or(&[][..], Vec::as_slice);
-            jobs.extend(pages.into_iter().map(|(chunk, pages)| Job { file: n, chunk, pages, known: known(chunk) }));
+            jobs.extend(data.into_iter().map(|(chunk, data)| Job { file: n, chunk, data, known: known(chunk), view }));
         }
-        let seen = jobs.iter().map(|job| job.pages * PAGE).sum::<usize>() as u64;
+        let seen = jobs.iter().flat_map(|job| &job.data).map(|pages| pages.len() * PAGE).sum::<usize>() as u64;
         let mut batch = Batch { run: self, phase, total: seen, sent: 0, pages: Vec::new(), waiting: 0 };
         let mut prints = Vec::with_capacity(jobs.len());
         let next = AtomicUsize::new(0);
-        let (results, compared) = sync_channel::<(usize, io::Result<Diff>)>(WORKERS);
+        let (results, compared) = sync_channel::<(usize, (Diff, Result<(), Torn>))>(WORKERS);
+        let mut torn = BTreeSet::new();
         thread::scope(|scope| {
             for _ in 0..WORKERS.min(thread::available_parallelism().map_or(1, usize::from)).min(jobs.len()) {
                 let (results, jobs, next) = (results.clone(), &jobs, &next);
                 scope.spawn(move || {
-                    let mut buffer = vec![0; CHUNK * PAGE];
                     loop {
                         let at = next.fetch_add(1, Ordering::Relaxed);
                         let Some(job) = jobs.get(at) else { return };
-                        let result = compare(&open[job.file].0, job.chunk, job.known, &mut buffer[..job.pages * PAGE]);
                         // Nobody listens: somebody else's error ended the round.
-                        if results.send((at, result)).is_err() {
+                        if results.send((at, compare(job.view, job.chunk, job.known, &job.data))).is_err() {
                             return;
                         }
                     }
                 });
             }
             drop(results);
-            for (at, result) in compared {
+            for (at, (mut diff, whole)) in compared {
                 let job = &jobs[at];
                 let name = &open[job.file].1.name;
-                let diff = result.map_err(|e| lost(name, &e))?;
-                let now = diff.prints.clone();
+                if whole.is_err() {
+                    torn.insert(job.file);
+                }
+                prints.push((job.file, job.chunk, std::mem::take(&mut diff.prints)));
                 batch.add(name, job.chunk * CHUNK as u64, diff)?;
-                prints.push((job.file, job.chunk, now));
             }
             batch.flush()
         })?;
@@ -162,6 +172,10 @@ impl Run<'_> {
         for (file, chunk, now) in prints {
             if let Some(known) = known.0.get_mut(&open[file].1.name) {
                 known.chunks.insert(chunk, now);
+                // The next round has another file, or the same of another length.
+                if torn.contains(&file) {
+                    known.view = None;
+                }
             }
         }
         Ok((sent, seen))
@@ -207,16 +221,16 @@ pub(crate) fn list(dir: &Path) -> Result<Vec<(File, MemoryFile)>, Stop> {
     Ok(found)
 }
 
-/// The chunks that have memory, with the number of pages up to the last of each that has.
-pub(crate) fn filled(file: &File) -> io::Result<BTreeMap<u64, usize>> {
+/// The chunks that have memory, with the pages of each that have.
+pub(crate) fn filled(file: &File) -> io::Result<BTreeMap<u64, Vec<Range<usize>>>> {
     let step = (CHUNK * PAGE) as u64;
-    let mut found = BTreeMap::new();
+    let mut found: BTreeMap<u64, Vec<Range<usize>>> = BTreeMap::new();
     let mut at = 0;
     while let Some(start) = seek(file, at, libc::SEEK_DATA)? {
         let end = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(start + 1);
         for chunk in start / step..end.div_ceil(step) {
-            let bytes = (end - chunk * step).min(step) as usize;
-            found.insert(chunk, bytes.div_ceil(PAGE));
+            let in_chunk = |at: u64| (at.max(chunk * step) - chunk * step).min(step) as usize;
+            found.entry(chunk).or_default().push(in_chunk(start) / PAGE..in_chunk(end).div_ceil(PAGE));
         }
         at = end;
     }
@@ -236,21 +250,10 @@ fn seek(file: &File, at: u64, whence: i32) -> io::Result<Option<u64>> {
     }
 }
 
-/// Reads the first pages of a chunk, as many as `buffer` holds, and compares them.
-pub(crate) fn compare(file: &File, chunk: u64, known: &[Print], buffer: &mut [u8]) -> io::Result<Diff> {
-    let at = chunk * (CHUNK * PAGE) as u64;
-    let mut got = 0;
-    while got < buffer.len() {
-        match file.read_at(&mut buffer[got..], at + got as u64) {
-            Ok(0) => break,
-            Ok(n) => got += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    // A file that became shorter: the destination's did, too.
-    buffer[got..].fill(0);
-    Ok(diff(known, buffer))
+/// Compares the pages of a chunk. What is missing of the file is zeros; the destination's becomes shorter, too.
+pub(crate) fn compare(view: &View, chunk: u64, known: &[Print], data: &[Range<usize>]) -> (Diff, Result<(), Torn>) {
+    let start = usize::try_from(chunk).unwrap_or(usize::MAX).saturating_mul(CHUNK * PAGE);
+    view.look(start..start.saturating_add(CHUNK * PAGE), |now| diff(known, data, now))
 }
 
 /// Changes that wait for company.
