@@ -6,13 +6,14 @@
 //! What is looked at may change at any moment. Nothing may be concluded from looking twice; who needs that makes a copy.
 #![expect(unsafe_code, reason = "maps files, and stays alive when one is cut short")]
 
-use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::OnceLock;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, compiler_fence};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -35,19 +36,40 @@ unsafe impl Sync for View {}
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Torn;
 
-/// What a thread is looking at, for the handler, which runs in that thread.
-#[derive(Clone, Copy)]
+/// What a thread is looking at, for the handler, which runs in that thread: between two instructions of it, which is what
+/// the fences are for. `to` is 0 while it looks at nothing.
 struct Look {
-    from: usize,
-    to: usize,
-    torn: bool,
+    from: AtomicUsize,
+    to: AtomicUsize,
+    torn: AtomicBool,
 }
-
-const NOTHING: Look = Look { from: 0, to: 0, torn: false };
 
 thread_local! {
     /// Without a destructor or a first use: a signal handler may read it.
-    static LOOK: Cell<Look> = const { Cell::new(NOTHING) };
+    static LOOK: Look =
+        const { Look { from: AtomicUsize::new(0), to: AtomicUsize::new(0), torn: AtomicBool::new(false) } };
+}
+
+impl Look {
+    /// Shows the handler what is looked at from now on.
+    fn begin(&self, seen: &[u8]) {
+        // One look inside another would not be noticed.
+        assert_eq!(self.to.load(Relaxed), 0, "a thread looks at one view at a time");
+        let from = seen.as_ptr() as usize;
+        self.torn.store(false, Relaxed);
+        self.from.store(from, Relaxed);
+        self.to.store(from + seen.len(), Relaxed);
+        compiler_fence(SeqCst);
+    }
+
+    fn end(&self) {
+        compiler_fence(SeqCst);
+        self.to.store(0, Relaxed);
+    }
+
+    fn holds(&self, at: usize) -> bool {
+        (self.from.load(Relaxed)..self.to.load(Relaxed)).contains(&at)
+    }
 }
 
 /// What SIGBUS did before.
@@ -73,13 +95,11 @@ impl View {
         // the file has none any more, the handler puts a page of zeros. Others may write meanwhile, which is the point of
         // a view; a reader that looks once at each byte sees some value of it.
         let seen = unsafe { std::slice::from_raw_parts(self.at.as_ptr().add(start), end - start) };
-        let from = seen.as_ptr() as usize;
-        // One look inside another would not be noticed.
-        assert_eq!(LOOK.get().to, 0, "a thread looks at one view at a time");
-        LOOK.set(Look { from, to: from + seen.len(), torn: false });
-        let _ends = Ends;
+        LOOK.with(|l| l.begin(seen));
+        let ends = Ends;
         let said = look(seen);
-        (said, if LOOK.get().torn { Err(Torn) } else { Ok(()) })
+        drop(ends);
+        (said, if LOOK.with(|l| l.torn.load(Relaxed)) { Err(Torn) } else { Ok(()) })
     }
 }
 
@@ -95,7 +115,7 @@ struct Ends;
 
 impl Drop for Ends {
     fn drop(&mut self) {
-        LOOK.set(NOTHING);
+        LOOK.with(Look::end);
     }
 }
 
@@ -126,7 +146,6 @@ fn guard() -> io::Result<()> {
 /// Puts a page of zeros where the thread looks and there is nothing. Any other SIGBUS is left to who was here before: the
 /// instruction is tried again, and now it is theirs.
 extern "C" fn handler(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let look = LOOK.get();
     // SAFETY: the kernel hands over a valid structure. mmap, sigaction and errno are all that is used, and all of them
     // are system calls or plain memory. The page is replaced in a mapping that is being looked at, hence alive.
     unsafe {
@@ -134,10 +153,10 @@ extern "C" fn handler(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::
         let at = (*info).si_addr() as usize;
         let page = at & !(PAGE - 1);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        let ours = (look.from..look.to).contains(&at)
+        let ours = LOOK.with(|look| look.holds(at))
             && libc::mmap(page as *mut libc::c_void, PAGE, libc::PROT_READ, flags, -1, 0) != libc::MAP_FAILED;
         if ours {
-            LOOK.set(Look { torn: true, ..look });
+            LOOK.with(|look| look.torn.store(true, Relaxed));
         } else if let Some(before) = BEFORE.get() {
             libc::sigaction(libc::SIGBUS, before, ptr::null_mut());
         }
