@@ -10,6 +10,7 @@ use crate::{NOT_OURS, Stop};
 use nix::fcntl::OFlag;
 use std::fs;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::{Mutex, PoisonError};
 
 /// A dump of a container with RDMA.
 #[derive(Debug)]
@@ -31,9 +32,17 @@ pub fn is_rdma_device(stat: &libc::stat) -> bool {
     if stat.st_mode & libc::S_IFMT != libc::S_IFCHR {
         return false;
     }
+    // Each QP has two mappings of the same one.
+    static LAST: Mutex<Option<(libc::dev_t, bool)>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, is)) = last.filter(|(device, _)| *device == stat.st_rdev) {
+        return is;
+    }
     let (major, minor) = (libc::major(stat.st_rdev), libc::minor(stat.st_rdev));
-    fs::read_link(format!("/sys/dev/char/{major}:{minor}"))
-        .is_ok_and(|path| path.components().any(|part| part.as_os_str() == "infiniband_verbs"))
+    let is = fs::read_link(format!("/sys/dev/char/{major}:{minor}"))
+        .is_ok_and(|path| path.components().any(|part| part.as_os_str() == "infiniband_verbs"));
+    *last = Some((stat.st_rdev, is));
+    is
 }
 
 impl Dump {

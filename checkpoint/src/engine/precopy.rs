@@ -14,12 +14,19 @@ use std::time::{Duration, Instant};
 use rdma_virt::saved::ProcessState;
 
 use super::host::{Container, PreDumpJob};
+use super::regmem;
 use super::shipping::Sent;
 use super::source::{Run, Stop};
 use crate::phase::Phase;
 
-/// A round is worth its cost only for so much memory, bytes: a round stops the container for a moment.
+/// A round is worth its cost for so much memory, bytes: it stops the container for a moment,
 const WORTH: u64 = 16 << 20;
+
+/// and for less if that would take longer than this inside the pause.
+const LONG: Duration = Duration::from_millis(50);
+
+/// What was sent tells how fast that is if it was so much, bytes.
+const SAMPLE: u64 = 1 << 20;
 
 /// Between two looks at what CRIU has written.
 const LOOK: Duration = Duration::from_millis(20);
@@ -67,6 +74,13 @@ fn next(rounds: &[Round], most: u32, goal: Option<Duration>) -> Next {
     }
 }
 
+/// How much memory a first round is worth its cost for, where registered memory went as fast as that.
+fn worth(largest: Option<regmem::Round>) -> u64 {
+    let Some(sample) = largest.filter(|round| round.bytes >= SAMPLE) else { return WORTH };
+    let long = sample.bytes as f64 / sample.took.as_secs_f64() * LONG.as_secs_f64();
+    WORTH.min(long as u64)
+}
+
 /// Bytes that every round would send again.
 fn registered(states: &[ProcessState]) -> u64 {
     states.iter().flat_map(|s| &s.contexts).flat_map(|c| &c.mrs).map(|mr| mr.length).sum()
@@ -77,11 +91,15 @@ impl Run<'_> {
     pub(super) fn pre_copy(&mut self) -> Result<(), Stop> {
         let container = self.container()?.clone();
         let goal = self.request.max_blackout.map(Duration::from_millis);
+        if self.sent_memory == 0 {
+            // It has to go in any case, and says how fast.
+            self.memory_round(Phase::PreCopy)?;
+        }
         let most = match self.request.pre_copy_rounds {
             Some(rounds) => rounds,
             // A paused container changes nothing, but neither does it gain anything: it is down anyhow.
             None if container.paused => 0,
-            None if self.resident.saturating_sub(registered(&self.states)) < WORTH && goal.is_none() => 0,
+            None if self.resident.saturating_sub(registered(&self.states)) < worth(self.largest) && goal.is_none() => 0,
             None => ROUNDS,
         };
         let base = self.world.config().state_dir.join("outgoing").join(self.id.to_string());
@@ -183,6 +201,15 @@ mod tests {
             assert_eq!(next(&rounds(list), ROUNDS, None), *wanted, "{list:?}");
         }
         assert_eq!(next(&[], 0, None), Next::Enough);
+    }
+
+    #[test]
+    fn over_a_slow_line_a_round_is_worth_its_cost_for_less_memory() {
+        let went = |bytes, ms| Some(regmem::Round { bytes, seen: bytes, took: Duration::from_millis(ms) });
+        assert_eq!(worth(None), WORTH);
+        assert_eq!(worth(went(16 << 20, 2000)), (16 << 20) / 40);
+        assert_eq!(worth(went(16 << 20, 10)), WORTH, "never for more");
+        assert_eq!(worth(went(4096, 2000)), WORTH, "so little says nothing");
     }
 
     #[test]

@@ -93,7 +93,11 @@ impl Run<'_> {
         self.known = known;
         let (bytes, seen) = result?;
         self.sent_memory += bytes;
-        Ok(Round { bytes, seen, took: start.elapsed() })
+        let round = Round { bytes, seen, took: start.elapsed() };
+        if self.largest.is_none_or(|other| bytes > other.bytes) {
+            self.largest = Some(round);
+        }
+        Ok(round)
     }
 
     /// Rounds while they pay.

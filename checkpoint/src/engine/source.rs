@@ -21,7 +21,7 @@ use super::handover::Dump;
 use super::host::{Container, Wire};
 use super::plan::{PeerProcess, Plan};
 use super::quiet::Counts;
-use super::regmem::Known;
+use super::regmem::{self, Known};
 use super::shipping::Sent;
 use super::world::World;
 use super::{Cancel, MigrateRequest, Progress};
@@ -191,6 +191,8 @@ pub struct Run<'a> {
     pub(super) known: Known,
     /// Registered memory that was sent, and that part of it which was sent inside the pause, bytes.
     pub(super) sent_memory: u64,
+    /// The round that sent most of it.
+    pub(super) largest: Option<regmem::Round>,
     pub(super) late_memory: u64,
     /// MRs the destination has registered.
     pub(super) early_mrs: u32,
@@ -256,6 +258,7 @@ impl<'a> Run<'a> {
             sent: Sent::default(),
             known: Known::default(),
             sent_memory: 0,
+            largest: None,
             late_memory: 0,
             early_mrs: 0,
             bytes: 0,
