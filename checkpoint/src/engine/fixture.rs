@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rdma_virt::id::{Handle, ObjId, PGid, PQpn, VGid, VQpn, Vpid};
-use rdma_virt::saved::{ContextState, GidEntry, ProcessState, QpAttr, QpCap, QpPhase, QpState, Remote};
+use rdma_virt::id::{Handle, ObjId, PGid, PLkey, PQpn, PRkey, VGid, VLkey, VQpn, VRkey, Vpid};
+use rdma_virt::saved::{ContextState, GidEntry, MrState, ProcessState, QpAttr, QpCap, QpPhase, QpState, Remote};
 
 use crate::agent::Agent;
 use crate::agent::config::Config;
@@ -40,6 +40,23 @@ pub fn qp(id: u32, number: u32, remote: Option<u32>) -> QpState {
         phase: if remote.is_some() { QpPhase::Rts } else { QpPhase::Init },
         attr: QpAttr::default(),
         remote,
+    }
+}
+
+/// A registered range that never moved.
+pub fn mr(id: u32, addr: u64, length: u64) -> MrState {
+    MrState {
+        id: ObjId(id),
+        handle: Handle(id),
+        pd: ObjId(100),
+        addr,
+        length,
+        iova: addr,
+        access: 1,
+        vlkey: VLkey(id),
+        vrkey: VRkey(id),
+        plkey: PLkey(id),
+        prkey: PRkey(id),
     }
 }
 

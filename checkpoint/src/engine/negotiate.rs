@@ -268,7 +268,7 @@ impl Run<'_> {
             criu,
             cpu_flags: facts::cpu_flags(),
             processes: self.states.iter().map(offered).collect(),
-            image_bytes: self.resident,
+            image_bytes: self.resident.all(),
             paused,
             lease: self.lease,
             hand_over: self.hand_over,
@@ -333,16 +333,32 @@ pub(super) fn offered(state: &ProcessState) -> OfferedProcess {
     }
 }
 
-/// Bytes of memory the image will hold at most, as far as can be said without looking into pages.
-fn resident(processes: &[Process]) -> u64 {
-    let one = |p: &Process| {
+/// Memory of the container's processes, bytes: what the image will hold at most, as far as can be said without looking
+/// into pages.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Resident {
+    pub private: u64,
+    /// Of files without a disk, as far as the processes have touched it.
+    pub shared: u64,
+}
+
+impl Resident {
+    fn all(self) -> u64 {
+        self.private + self.shared
+    }
+}
+
+fn resident(processes: &[Process]) -> Resident {
+    let mut sum = Resident::default();
+    for p in processes {
         let text = fs::read_to_string(format!("/proc/{}/status", p.pid)).unwrap_or_default();
         let kib = |key: &str| {
             text.lines()
                 .find_map(|l| l.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
                 .unwrap_or(0)
         };
-        (kib("RssAnon:") + kib("RssShmem:") + kib("VmSwap:")) * 1024
-    };
-    processes.iter().map(one).sum()
+        sum.private += (kib("RssAnon:") + kib("VmSwap:")) * 1024;
+        sum.shared += kib("RssShmem:") * 1024;
+    }
+    sum
 }

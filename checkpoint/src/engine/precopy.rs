@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rdma_virt::saved::ProcessState;
 
 use super::host::{Container, PreDumpJob};
+use super::negotiate::Resident;
 use super::regmem;
 use super::shipping::Sent;
 use super::source::{Run, Stop};
@@ -81,9 +82,15 @@ fn worth(largest: Option<regmem::Round>) -> u64 {
     WORTH.min(long as u64)
 }
 
-/// Bytes that every round would send again.
-fn registered(states: &[ProcessState]) -> u64 {
-    states.iter().flat_map(|s| &s.contexts).flat_map(|c| &c.mrs).map(|mr| mr.length).sum()
+/// Bytes that CRIU would send, without those that it would send again in every round.
+fn for_rounds(resident: Resident, states: &[ProcessState]) -> u64 {
+    let in_files = states.iter().flat_map(|s| &s.memory).map(|m| m.len).sum();
+    let private = |s: &ProcessState| -> u64 {
+        let mrs = s.contexts.iter().flat_map(|c| &c.mrs);
+        mrs.filter(|mr| !s.memory.iter().any(|m| m.holds(mr.addr, mr.length))).map(|mr| mr.length).sum()
+    };
+    let registered = states.iter().map(private).sum();
+    (resident.private + resident.shared.saturating_sub(in_files)).saturating_sub(registered)
 }
 
 impl Run<'_> {
@@ -99,7 +106,7 @@ impl Run<'_> {
             Some(rounds) => rounds,
             // A paused container changes nothing, but neither does it gain anything: it is down anyhow.
             None if container.paused => 0,
-            None if self.resident.saturating_sub(registered(&self.states)) < worth(self.largest) && goal.is_none() => 0,
+            None if goal.is_none() && for_rounds(self.resident, &self.states) < worth(self.largest) => 0,
             None => ROUNDS,
         };
         let base = self.world.config().state_dir.join("outgoing").join(self.id.to_string());
@@ -181,7 +188,9 @@ pub(super) fn parent(number: u32) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::fixture::{mr, process};
     use proptest::prelude::*;
+    use rdma_virt::saved::BackedMemory;
 
     fn rounds(list: &[(u64, u64)]) -> Vec<Round> {
         list.iter().map(|(mib, ms)| Round { bytes: mib << 20, took: Duration::from_millis(*ms) }).collect()
@@ -201,6 +210,17 @@ mod tests {
             assert_eq!(next(&rounds(list), ROUNDS, None), *wanted, "{list:?}");
         }
         assert_eq!(next(&[], 0, None), Next::Enough);
+    }
+
+    #[test]
+    fn registered_memory_does_not_count_wherever_it_lies() {
+        let mut state = process(7, vec![]);
+        state.contexts[0].mrs = vec![mr(1, 0x10000, 0x8000), mr(2, 0x10000, 0x4000), mr(3, 0x90000, 0x3000)];
+        state.memory = vec![BackedMemory { file: "7.1".into(), addr: 0x10000, len: 0x8000 }];
+        let resident = |private, shared| Resident { private, shared };
+        assert_eq!(for_rounds(resident(0x5000, 0x8000), std::slice::from_ref(&state)), 0x2000);
+        assert_eq!(for_rounds(resident(0x5000, 0), std::slice::from_ref(&state)), 0x2000, "not touched since a move");
+        assert_eq!(for_rounds(resident(0x5000, 0x9000), &[]), 0xe000);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use super::attempts::Again;
 use super::copy::Copied;
 use super::handover::Dump;
 use super::host::{Container, Wire};
+use super::negotiate::Resident;
 use super::plan::{PeerProcess, Plan};
 use super::quiet::Counts;
 use super::regmem::{self, Known};
@@ -183,7 +184,7 @@ pub struct Run<'a> {
     pub(super) lease: Lease,
     pub(super) copied: Option<Copied>,
     /// Memory of the container's processes when it was looked at, bytes.
-    pub(super) resident: u64,
+    pub(super) resident: Resident,
     /// Rounds of pre-copy that were made.
     pub(super) rounds: u32,
     pub(super) sent: Sent,
@@ -253,7 +254,7 @@ impl<'a> Run<'a> {
             counts: Counts::default(),
             lease: Lease { first: 0, count: 0 },
             copied: None,
-            resident: 0,
+            resident: Resident::default(),
             rounds: 0,
             sent: Sent::default(),
             known: Known::default(),
