@@ -59,8 +59,6 @@ pub struct Lane {
     pub chain: Chain,
     batch: SendBatch,
     scribble: Vec<(u16, u32)>,
-    content: Vec<u8>,
-    scratch: Vec<u8>,
     done: Vec<Pending>,
     fault: Option<(Fault, u64)>,
 }
@@ -110,8 +108,6 @@ impl Lane {
             chain: Chain::default(),
             batch: SendBatch::default(),
             scribble: Vec::new(),
-            content: Vec::new(),
-            scratch: Vec::new(),
             done: Vec::new(),
             fault: w.self_test.filter(|_| faulty).map(|f| (f, w.self_test_at)),
         }
@@ -217,11 +213,9 @@ impl Lane {
                     return true;
                 }
                 let at = remote.addr + link.layout.slot(lane, plan.slot) as u64;
-                let mut content = std::mem::take(&mut self.content);
-                content.clear();
-                content.extend_from_slice(&self.region.expected(plan.slot)[..plan.len]);
+                let mut content = vec![0; plan.len];
+                pattern::fill(&mut content, &plan.stamp);
                 self.push(link, w, Verb::Write(at, remote.rkey, None), &content, false, false, Check::Written);
-                self.content = content;
             }
             Op::Read => match self.region.plan_read_back() {
                 Some(slot) => {
@@ -274,8 +268,7 @@ impl Lane {
             _ => Kind::WriteImm,
         };
         let stamp = Stamp { from: self.side, kind, qp: self.qp, lane: self.id, seq };
-        let mut content = std::mem::take(&mut self.content);
-        content.resize(pattern::message_len(seq, w.msg_size as usize), 0);
+        let mut content = vec![0; pattern::message_len(seq, w.msg_size as usize)];
         pattern::fill(&mut content, &stamp);
         if self.fault == Some((Fault::Corrupt, seq)) {
             let last = content.len() - 1;
@@ -294,7 +287,6 @@ impl Lane {
         };
         let solicited = w.solicited && turn % w.solicit_every() == w.solicit_every() - 1;
         self.push(link, w, verb, &content, false, solicited, Check::Sent);
-        self.content = content;
     }
 
     fn read_known(&mut self, link: &Link, w: &Workload) {
@@ -433,22 +425,22 @@ impl Lane {
             Check::Sent => stats.op(&stats.delivered, bytes),
             Check::Written => stats.op(&stats.writes, bytes),
             Check::ReadBack { slot } => {
-                self.content.resize(p.len as usize, 0);
-                link.send_memory.read(at, &mut self.content);
-                if let Err(m) = self.region.read_back(slot, &self.content) {
+                let mut content = vec![0; p.len as usize];
+                link.send_memory.read(at, &mut content);
+                if let Err(m) = self.region.read_back(slot, &content) {
                     fail(format!(
                         "{link}: READ of slot {slot} of lane {} does not bring what was written: {m}; expected {}",
                         self.id,
-                        pattern::describe(self.region.expected(slot))
+                        pattern::describe(&self.region.expected(slot))
                     ));
                 }
                 stats.op(&stats.reads, bytes);
             }
             Check::Known => {
                 let stamp = known(self.side.other(), self.qp, self.id);
-                self.content.resize(p.len as usize, 0);
-                link.send_memory.read(at, &mut self.content);
-                if let Err(m) = pattern::verify(&self.content, &stamp, &mut self.scratch) {
+                let mut content = vec![0; p.len as usize];
+                link.send_memory.read(at, &mut content);
+                if let Err(m) = pattern::verify(&content, &stamp) {
                     fail(format!("{link}: READ of memory that never changes: {m}"));
                 }
                 stats.op(&stats.reads, bytes);

@@ -138,17 +138,17 @@ pub fn fill(buf: &mut [u8], stamp: &Stamp) {
     buf[CRC_AT..CRC_AT + 4].copy_from_slice(&sum.to_le_bytes());
 }
 
-/// Compares `buf` with the content of `stamp` at that length, using `scratch` for the expectation.
+/// Compares `buf` with the content of `stamp` at that length.
 ///
 /// # Errors
 /// The first wrong byte and what is there instead.
-pub fn verify(buf: &[u8], stamp: &Stamp, scratch: &mut Vec<u8>) -> Result<(), Mismatch> {
+pub fn verify(buf: &[u8], stamp: &Stamp) -> Result<(), Mismatch> {
     if buf.len() < HEADER {
         return Err(Mismatch { at: 0, len: buf.len(), found: format!("only {} bytes", buf.len()) });
     }
-    scratch.resize(buf.len(), 0);
-    fill(scratch, stamp);
-    compare(buf, scratch)
+    let mut want = vec![0; buf.len()];
+    fill(&mut want, stamp);
+    compare(buf, &want)
 }
 
 /// Compares `buf` with `want` byte by byte.
@@ -222,22 +222,20 @@ mod tests {
 
     #[test]
     fn a_content_verifies_against_its_own_stamp_at_every_length() {
-        let mut scratch = Vec::new();
         for len in HEADER..HEADER + 40 {
             let mut b = vec![0; len];
             fill(&mut b, &stamp(7));
-            assert_eq!(verify(&b, &stamp(7), &mut scratch), Ok(()));
+            assert_eq!(verify(&b, &stamp(7)), Ok(()));
         }
     }
 
     #[test]
     fn every_single_flipped_bit_is_seen() {
-        let mut scratch = Vec::new();
         let mut b = vec![0; 200];
         fill(&mut b, &stamp(7));
         for bit in 0..200 * 8 {
             b[bit / 8] ^= 1 << (bit % 8);
-            let m = verify(&b, &stamp(7), &mut scratch).expect_err("a flipped bit must be seen");
+            let m = verify(&b, &stamp(7)).expect_err("a flipped bit must be seen");
             assert_eq!(m.at, bit / 8);
             b[bit / 8] ^= 1 << (bit % 8);
         }
@@ -266,13 +264,12 @@ mod tests {
     fn a_torn_content_is_told_from_a_whole_but_wrong_one() {
         let mut old = vec![0; 100];
         fill(&mut old, &stamp(1));
-        let mut scratch = Vec::new();
-        let whole = verify(&old, &stamp(2), &mut scratch).expect_err("old content");
+        let whole = verify(&old, &stamp(2)).expect_err("old content");
         assert!(whole.found.contains("number 1") && whole.found.contains("CRC is right"));
         let mut torn = vec![0; 100];
         fill(&mut torn, &stamp(2));
         torn[80..].copy_from_slice(&old[80..]);
-        let torn = verify(&torn, &stamp(2), &mut scratch).expect_err("torn content");
+        let torn = verify(&torn, &stamp(2)).expect_err("torn content");
         assert!(torn.found.contains("CRC is wrong"), "{}", torn.found);
     }
 

@@ -130,22 +130,13 @@ pub struct Receiver {
     streams: Vec<Stream>,
     /// Messages consumed, over all lanes.
     pub consumed: u64,
-    content: Vec<u8>,
-    scratch: Vec<u8>,
 }
 
 impl Receiver {
     /// A receiver that has received nothing.
     #[must_use]
     pub fn new(side: Side, qp: u16, w: &Workload) -> Self {
-        Self {
-            side,
-            qp,
-            streams: (0..w.lanes()).map(|_| Stream::default()).collect(),
-            consumed: 0,
-            content: Vec::new(),
-            scratch: Vec::new(),
-        }
+        Self { side, qp, streams: (0..w.lanes()).map(|_| Stream::default()).collect(), consumed: 0 }
     }
 
     /// Numbers received of each lane.
@@ -186,13 +177,13 @@ impl Receiver {
         if len > w.msg_size as usize || len < HEADER {
             return fail(format!("{link}: message of {len} bytes; they have {HEADER} to {}", w.msg_size));
         }
-        self.content.resize(len, 0);
-        pool.memory.read(at, &mut self.content);
-        let Some((lane, seq)) = pattern::claimed_seq(&self.content) else {
+        let mut content = vec![0; len];
+        pool.memory.read(at, &mut content);
+        let Some((lane, seq)) = pattern::claimed_seq(&content) else {
             return fail(format!(
                 "{link}: message after {} others is no message: {}",
                 self.consumed,
-                pattern::describe(&self.content)
+                pattern::describe(&content)
             ));
         };
         let kind = if wc.imm.is_some() { Kind::MessageImm } else { Kind::Message };
@@ -203,7 +194,7 @@ impl Receiver {
             ));
         }
         if self.number(link, lane, seq, fail) {
-            self.content_is(link, kind, lane, seq, w, fail);
+            self.content_is(&content, self.stamp(kind, lane, seq), link, w, fail);
         }
     }
 
@@ -228,11 +219,11 @@ impl Receiver {
                 wc.byte_len
             ));
         }
-        self.content.resize(len, 0);
-        link.shared_memory.read(at, &mut self.content);
+        let mut content = vec![0; len];
+        link.shared_memory.read(at, &mut content);
         link.shared_memory.set(at, HEADER, 0xee);
         if self.number(link, lane, seq, fail) {
-            self.content_is(link, Kind::WriteImm, lane, seq, w, fail);
+            self.content_is(&content, self.stamp(Kind::WriteImm, lane, seq), link, w, fail);
         }
     }
 
@@ -247,13 +238,16 @@ impl Receiver {
         true
     }
 
-    fn content_is(&mut self, link: &Link, kind: Kind, lane: u8, seq: u64, w: &Workload, fail: &mut impl FnMut(String)) {
-        let stamp = Stamp { from: self.side.other(), kind, qp: self.qp, lane, seq };
-        let due = pattern::message_len(seq, w.msg_size as usize);
-        if self.content.len() != due {
-            fail(format!("{link}: {stamp} came with byte_len {} instead of {due}", self.content.len()));
+    fn stamp(&self, kind: Kind, lane: u8, seq: u64) -> Stamp {
+        Stamp { from: self.side.other(), kind, qp: self.qp, lane, seq }
+    }
+
+    fn content_is(&self, content: &[u8], stamp: Stamp, link: &Link, w: &Workload, fail: &mut impl FnMut(String)) {
+        let due = pattern::message_len(stamp.seq, w.msg_size as usize);
+        if content.len() != due {
+            fail(format!("{link}: {stamp} came with byte_len {} instead of {due}", content.len()));
         }
-        if let Err(m) = pattern::verify(&self.content, &stamp, &mut self.scratch) {
+        if let Err(m) = pattern::verify(content, &stamp) {
             fail(format!("{link}: {stamp}: {m}"));
         }
     }

@@ -3,6 +3,9 @@
 //!
 //! A slot being read back is not written until the READ is known to be complete: after a
 //! retransmission the responder may execute a READ again, and it would rightly see the later WRITE.
+//!
+//! Contents follow from their stamps, so stamps are all that is kept: a model that wrote as much memory as the lane writes
+//! over the wire would be most of what a moved checker has to copy.
 
 use crate::pattern::{self, Kind, Side, Stamp};
 
@@ -16,6 +19,9 @@ enum Slot {
     Reading,
 }
 
+/// What a slot holds: each of these from the slot's start, a later one over an earlier one that is longer.
+type Layers = Vec<(usize, Stamp)>;
+
 /// The slots of one lane in the peer's memory.
 #[derive(Debug)]
 pub struct RegionModel {
@@ -23,7 +29,7 @@ pub struct RegionModel {
     qp: u16,
     lane: u8,
     slot_len: usize,
-    image: Vec<u8>,
+    layers: Vec<Layers>,
     slots: Vec<Slot>,
     cursor: usize,
     next_stamp: u64,
@@ -44,12 +50,9 @@ impl RegionModel {
     /// A region of `slots` slots of `slot_len` bytes that still holds its initial content.
     #[must_use]
     pub fn new(side: Side, qp: u16, lane: u8, slots: usize, slot_len: usize) -> Self {
-        let mut image = vec![0; slots * slot_len];
-        for i in 0..slots {
-            // The initial content is the owner's, that is, the other side's.
-            initial(&mut image[i * slot_len..][..slot_len], side.other(), qp, lane, i);
-        }
-        Self { side, qp, lane, slot_len, image, slots: vec![Slot::Settled; slots], cursor: 0, next_stamp: 0 }
+        // The initial content is the owner's, that is, the other side's.
+        let layers = (0..slots).map(|i| vec![(slot_len, untouched(side.other(), qp, lane, i))]).collect();
+        Self { side, qp, lane, slot_len, layers, slots: vec![Slot::Settled; slots], cursor: 0, next_stamp: 0 }
     }
 
     /// Chooses the next slot to write and records the write as done. `None` when every slot is
@@ -62,7 +65,9 @@ impl RegionModel {
         self.next_stamp += 1;
         let stamp = Stamp { from: self.side, kind: Kind::Write, qp: self.qp, lane: self.lane, seq };
         let len = pattern::message_len(seq, self.slot_len);
-        pattern::fill(&mut self.image[slot * self.slot_len..][..len], &stamp);
+        let layers = &mut self.layers[slot];
+        layers.retain(|(under, _)| *under > len);
+        layers.push((len, stamp));
         self.slots[slot] = Slot::Written;
         Some(PlannedWrite { slot, len, stamp })
     }
@@ -81,19 +86,23 @@ impl RegionModel {
     /// When the data is not what was written last.
     pub fn read_back(&mut self, slot: usize, data: &[u8]) -> Result<(), pattern::Mismatch> {
         self.slots[slot] = Slot::Settled;
-        pattern::compare(data, self.expected(slot))
+        pattern::compare(data, &self.expected(slot))
     }
 
     /// What `slot` must hold once every planned write is done.
     #[must_use]
-    pub fn expected(&self, slot: usize) -> &[u8] {
-        &self.image[slot * self.slot_len..][..self.slot_len]
+    pub fn expected(&self, slot: usize) -> Vec<u8> {
+        let mut content = vec![0; self.slot_len];
+        for (len, stamp) in &self.layers[slot] {
+            pattern::fill(&mut content[..*len], stamp);
+        }
+        content
     }
 
     /// CRC of every slot, for the owner of the memory to compare with.
     #[must_use]
     pub fn checksums(&self) -> Vec<u32> {
-        self.image.chunks(self.slot_len).map(crc32fast::hash).collect()
+        (0..self.slots.len()).map(|slot| crc32fast::hash(&self.expected(slot))).collect()
     }
 
     /// Writes planned so far.
@@ -105,8 +114,11 @@ impl RegionModel {
 
 /// Fills one slot with the content it has before the first write.
 pub fn initial(buf: &mut [u8], owner: Side, qp: u16, lane: u8, slot: usize) {
-    let stamp = Stamp { from: owner, kind: Kind::Untouched, qp, lane, seq: slot as u64 };
-    pattern::fill(buf, &stamp);
+    pattern::fill(buf, &untouched(owner, qp, lane, slot));
+}
+
+fn untouched(owner: Side, qp: u16, lane: u8, slot: usize) -> Stamp {
+    Stamp { from: owner, kind: Kind::Untouched, qp, lane, seq: slot as u64 }
 }
 
 #[cfg(test)]
