@@ -138,9 +138,19 @@ impl Records {
         self.dir.join(format!("{id}.json"))
     }
 
-    /// On return the record is on disk.
+    /// On return the record is on disk. What was made ready before is void.
     pub fn write(&self, record: &Record) -> Result<(), RecordError> {
-        write_json(&self.path(&record.id), record)
+        self.make_ready(record)?.put().map(drop)
+    }
+
+    /// Everything about writing a record that takes time or may fail, but for the last step.
+    pub fn make_ready(&self, record: &Record) -> Result<Ready, RecordError> {
+        let path = self.path(&record.id);
+        let aside = path.with_extension("ready");
+        let wrap = |source| RecordError::Write { path: aside.clone(), source };
+        let text = serde_json::to_vec_pretty(record).map_err(|e| wrap(e.into()))?;
+        write_out(&aside, &text, 0o600, File::sync_all).map_err(wrap)?;
+        Ok(Ready { record: Some(record.clone()), aside, path })
     }
 
     /// `None` if there is no such record.
@@ -166,6 +176,33 @@ impl Records {
     }
 }
 
+/// A record that lies on disk beside the one that holds, and is gone when this is dropped.
+#[derive(Debug)]
+pub struct Ready {
+    /// There until it is put.
+    record: Option<Record>,
+    aside: PathBuf,
+    path: PathBuf,
+}
+
+impl Ready {
+    /// From now on it is the one that holds; on return on disk, too. After an error nobody knows which one that will be
+    /// but who reads it.
+    pub fn put(mut self) -> Result<Record, RecordError> {
+        let put = fs::rename(&self.aside, &self.path).and_then(|()| flush_parent(&self.path));
+        let record = put.and_then(|()| self.record.take().ok_or_else(|| io::ErrorKind::NotFound.into()));
+        record.map_err(|source| RecordError::Write { path: self.path.clone(), source })
+    }
+}
+
+impl Drop for Ready {
+    fn drop(&mut self) {
+        if self.record.is_some() {
+            let _ = fs::remove_file(&self.aside);
+        }
+    }
+}
+
 /// Makes a directory only its owner may enter, and its parents.
 pub fn make_dir(dir: &Path) -> Result<(), RecordError> {
     fs::DirBuilder::new()
@@ -185,10 +222,11 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), RecordErro
 /// Replaces a file in one step and flushes it and its directory.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     swap(path, bytes, mode, File::sync_all)?;
-    match path.parent() {
-        Some(dir) => File::open(dir)?.sync_all(),
-        None => Ok(()),
-    }
+    flush_parent(path)
+}
+
+fn flush_parent(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
 }
 
 /// Replaces a file in one step, for what need not outlive this host's uptime: nothing is flushed.
@@ -200,10 +238,14 @@ fn swap(path: &Path, bytes: &[u8], mode: u32, flush: impl FnOnce(&File) -> io::R
     let mut tmp = path.as_os_str().to_owned();
     tmp.push(".new");
     let tmp = PathBuf::from(tmp);
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&tmp)?;
-    file.write_all(bytes)?;
-    flush(&file)?;
+    write_out(&tmp, bytes, mode, flush)?;
     fs::rename(&tmp, path)
+}
+
+fn write_out(path: &Path, bytes: &[u8], mode: u32, flush: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
+    file.write_all(bytes)?;
+    flush(&file)
 }
 
 /// `None` if there is no such file.
@@ -238,6 +280,28 @@ mod tests {
         records.write(&record).unwrap();
         assert_eq!(records.read(id).unwrap(), Some(record.clone()));
         assert_eq!(records.all().unwrap().0, vec![record]);
+    }
+
+    #[test]
+    fn a_record_that_is_ready_holds_when_it_is_put_and_any_other_one_takes_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let id = MigrationId([1; 16]);
+        let started = Record::new(id, "c", "dst:7477");
+        records.write(&started).unwrap();
+        let committed = Record { state: State::Committed, ..started.clone() };
+        let ready = records.make_ready(&committed).unwrap();
+        assert_eq!(records.read(id).unwrap().as_ref(), Some(&started));
+        assert_eq!(ready.put().unwrap(), committed);
+        assert_eq!(records.read(id).unwrap().as_ref(), Some(&committed));
+        let left = || fs::read_dir(dir.path().join("migrations")).unwrap().count();
+        // An agent that was killed has left one; the next one has undone the migration.
+        std::mem::forget(records.make_ready(&committed).unwrap());
+        assert_eq!(left(), 2);
+        records.write(&started).unwrap();
+        assert_eq!((left(), records.read(id).unwrap()), (1, Some(started)));
+        drop(records.make_ready(&committed).unwrap());
+        assert_eq!(left(), 1, "nobody wants it any more");
     }
 
     #[test]

@@ -14,10 +14,10 @@ use serde::{Deserialize, Serialize};
 use super::host::Container;
 use super::plan::{Plan, Switches};
 use super::source::{Run, Stop, confused};
-use crate::agent::procs;
+use crate::agent::{chain, procs};
 use crate::image::HandOver;
 use crate::net::msg::{Answer, Lease, Order};
-use crate::record::{State, now};
+use crate::record::{Ready, Record, State, now};
 
 /// Between two tries of one step.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -87,12 +87,19 @@ impl Run<'_> {
         }
     }
 
+    /// What this host needs for it.
+    pub(super) fn decision(&self) -> Forward {
+        Forward { container: self.container.clone(), ..self.onward() }
+    }
+
     /// The point of no return: a record on disk. Then the tasks here end, and the destination lets its own run.
     pub(super) fn commit(&mut self) -> Result<(), Stop> {
-        let forward = Forward { container: self.container.clone(), ..self.onward() };
         self.world.host().gone_to(&self.request.container, Some(&self.to));
         self.effects.dumped = true;
-        self.decide(&forward)?;
+        match self.ready.take() {
+            Some(ready) => self.put(ready)?,
+            None => self.decide(&self.decision())?,
+        }
 
         // Our tasks stand still in their cgroup and end there; nobody else need wait for that.
         let dump = self.effects.dump.take();
@@ -120,19 +127,30 @@ impl Run<'_> {
 
     /// Writes the record that decides, with what has to be known to go on from it.
     pub(super) fn decide(&mut self, plan: &impl Serialize) -> Result<(), Stop> {
-        self.record.plan =
+        let ready = self.make_ready(plan)?;
+        self.put(ready)
+    }
+
+    /// The record that will decide, on disk but for its last step.
+    pub(super) fn make_ready(&self, plan: &impl Serialize) -> Result<Ready, Stop> {
+        let plan =
             serde_json::to_value(plan).map_err(|e| Stop::Failed(format!("the plan cannot be written down: {e}")))?;
-        self.record.peers = self.plan.peer_containers();
-        self.record.state = State::Committed;
+        let peers = self.plan.peer_containers();
+        let record = Record { plan, peers, state: State::Committed, ..self.record.clone() };
+        self.world.records().make_ready(&record).map_err(|e| Stop::Failed(chain(&e)))
+    }
+
+    /// Decides.
+    fn put(&mut self, ready: Ready) -> Result<(), Stop> {
         self.cancel.seal().map_err(Stop::Failed)?;
-        if let Err(e) = self.world.records().write(&self.record) {
+        self.record = match ready.put() {
+            Ok(record) => record,
             // Did it reach the disk or not? What a reader finds decides, here as everywhere.
-            let found = self.world.records().read(self.id).ok().flatten();
-            if found.is_none_or(|r| r.state != State::Committed) {
-                self.record.state = State::Started;
-                return Err(Stop::Failed(crate::agent::chain(&e)));
-            }
-        }
+            Err(e) => match self.world.records().read(self.id).ok().flatten() {
+                Some(found) if found.state == State::Committed => found,
+                _ => return Err(Stop::Failed(chain(&e))),
+            },
+        };
         self.effects.committed = true;
         Ok(())
     }

@@ -174,8 +174,18 @@ impl Run<'_> {
             true => Vec::new(),
             false => serde_json::to_vec(&self.onward()).map_err(failed)?,
         };
-        match self.ask_destination(Order::Restore { files, onward }, deadline)? {
-            Answer::Done => Ok(()),
+        let restored = thread::scope(|scope| {
+            // Nothing changes any more that the decision has to know; to write it down takes time that is there now.
+            let ready = (self.to != LOCAL).then(|| scope.spawn(|| self.make_ready(&self.decision())));
+            let restored = self.ask_destination(Order::Restore { files, onward }, deadline);
+            let ready = ready.map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).transpose();
+            restored.and_then(|answer| Ok((answer, ready?)))
+        });
+        match restored? {
+            (Answer::Done, ready) => {
+                self.ready = ready;
+                Ok(())
+            }
             _ => Err(confused("the destination", "restore")),
         }
     }

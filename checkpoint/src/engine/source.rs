@@ -36,7 +36,7 @@ use crate::image::HandOver;
 use crate::net::client::CallError;
 use crate::net::msg::{Answer, DeviceFacts, Lease, Order, Refusal};
 use crate::phase::Phase;
-use crate::record::{Kind, Record, State};
+use crate::record::{Kind, Ready, Record, State};
 use crate::timeline::{Summary, Timeline};
 
 /// Why the list of phases ended early.
@@ -160,6 +160,8 @@ pub struct Run<'a> {
     pub(super) timeline: Timeline,
     pub(super) effects: Effects,
     pub(super) record: Record,
+    /// The one that will decide.
+    pub(super) ready: Option<Ready>,
     /// Address of the destination's agent.
     pub(super) to: String,
     pub(super) container: Option<Container>,
@@ -240,6 +242,7 @@ impl<'a> Run<'a> {
             timeline: Timeline::begin(),
             effects: Effects::default(),
             record: Record::new(id, &request.container, &request.to),
+            ready: None,
             to: request.to.clone(),
             container: None,
             states: Vec::new(),
