@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
 
 use rdma_virt::id::MigrationId;
@@ -222,11 +223,8 @@ impl Arrival {
             landing.keep();
         }
         agent.take_over(id, &container, &self.source);
-        if let Some(wire) = &mut wire
-            && let Err(e) = wire.announce()
-        {
-            // Neighbours find out by themselves, a little later.
-            eprintln!("container {container}: announcing its address: {e}");
+        if let Some(wire) = wire {
+            announce(container, wire);
         }
         (State::Running { nursery, store, held, keys: None }, Ok(Answer::Done))
     }
@@ -315,6 +313,18 @@ impl Arrival {
         if let Some(landing) = self.landing.take() {
             landing.remove();
         }
+    }
+}
+
+/// Tells the neighbours, while the migration goes on. They find out by themselves otherwise, a little later.
+fn announce(container: String, mut wire: Box<dyn Wire>) {
+    let run = move || {
+        if let Err(e) = wire.announce() {
+            eprintln!("container {container}: announcing its address: {e}");
+        }
+    };
+    if let Err(e) = thread::Builder::new().name("announce".into()).spawn(run) {
+        eprintln!("no thread to announce an address: {e}");
     }
 }
 
