@@ -7,7 +7,7 @@ use rdma_virt::id::{Handle, ObjId, PGid, PLkey, PQpn, PRkey, VGid, VLkey, VQpn, 
 use rdma_virt::saved::{ContextState, GidEntry, MrState, ProcessState, QpAttr, QpCap, QpPhase, QpState, Remote};
 
 use crate::agent::Agent;
-use crate::agent::config::Config;
+use crate::agent::config::{Config, Deadlines};
 
 use super::host::{Container, DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob, Result, Wire};
 use crate::image::HandOver;
@@ -88,7 +88,12 @@ pub fn process(vpid: i32, qps: Vec<QpState>) -> ProcessState {
 
 /// An agent on such a host, with its directories below `dir`, that is not started: it can do nothing but be asked.
 pub fn idle_agent(dir: &Path) -> Arc<Agent> {
-    let config = Config { state_dir: dir.join("state"), run_dir: dir.join("run"), ..Config::default() };
+    idle_agent_with(dir, Deadlines::default())
+}
+
+/// The same with other deadlines.
+pub fn idle_agent_with(dir: &Path, deadlines: Deadlines) -> Arc<Agent> {
+    let config = Config { state_dir: dir.join("state"), run_dir: dir.join("run"), deadlines, ..Config::default() };
     std::fs::create_dir_all(&config.run_dir).unwrap();
     Agent::new(config, Arc::new(IdleHost)).unwrap()
 }

@@ -64,3 +64,61 @@ pub fn look_after(agent: &Agent) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::config::Deadlines;
+    use crate::engine::dest::Arrival;
+    use crate::engine::fixture::{idle_agent_with, offer};
+    use crate::engine::host::{Held, Result as HostResult};
+    use crate::engine::store::Store;
+    use std::sync::{Arc, Mutex};
+
+    const ID: MigrationId = MigrationId([6; 16]);
+    /// Nobody listens there.
+    const SOURCE: &str = "127.0.0.1:1";
+
+    struct Waits;
+
+    impl Held for Waits {
+        fn init(&self) -> i32 {
+            1
+        }
+        fn release(&mut self) -> HostResult<()> {
+            panic!("nobody has decided that it may run")
+        }
+        fn abandon(self: Box<Self>) -> HostResult<()> {
+            panic!("the source may have decided that it runs here")
+        }
+    }
+
+    fn quiet(agent: &Agent, state: impl FnOnce(Store) -> State) -> Entry {
+        let store = Store::make(Store::place(&agent.config.state_dir, ID), 0).unwrap();
+        let mut arrival = Arrival::new(SOURCE.into(), offer("c"));
+        arrival.state = state(store);
+        arrival.heard = Instant::now().checked_sub(QUIET * 2).unwrap();
+        let entry = Entry { container: "c".into(), source: SOURCE.into(), arrival: Arc::new(Mutex::new(arrival)) };
+        lock(&agent.desk.0).insert(ID, entry.clone());
+        entry
+    }
+
+    #[test]
+    fn what_a_source_that_is_gone_had_sent_is_dropped_and_what_is_restored_waits_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = idle_agent_with(dir.path(), Deadlines { orphan: 0, ..Deadlines::default() });
+        let there = || Store::place(&agent.config.state_dir, ID).exists();
+
+        quiet(&agent, |store| State::Gathering { nursery: None, store: Some(store) });
+        assert!(there());
+        look_after(&agent);
+        assert!(!there() && lock(&agent.desk.0).get(&ID).is_none(), "it is kept for ever");
+
+        let held = |store| State::Prepared { nursery: None, store, held: Box::new(Waits), wire: None };
+        let entry = quiet(&agent, held);
+        look_after(&agent);
+        assert!(there() && lock(&entry.arrival).silent, "its status does not say that it waits");
+        // The test's end is not the source's decision.
+        std::mem::forget(std::mem::replace(&mut lock(&entry.arrival).state, State::Gone));
+    }
+}

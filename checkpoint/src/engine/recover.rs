@@ -178,3 +178,29 @@ pub(super) fn finish_in(world: &dyn World, id: MigrationId, record: Record, forw
         eprintln!("{id}: {why}; it will be tried again");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::fixture::{NEVER_CAME, idle_agent};
+    use std::time::Instant;
+
+    /// Its containers are gone with it, and the destination may not be there.
+    #[test]
+    fn a_host_that_was_restarted_before_the_decision_undoes_its_migration() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = idle_agent(dir.path());
+        let id = MigrationId([6; 16]);
+        agent.records.write(&Record::new(id, NEVER_CAME, "127.0.0.1:1")).unwrap();
+        let image = agent.config.state_dir.join("outgoing").join(id.to_string());
+        fs::create_dir_all(image.join("images")).unwrap();
+        run(&agent);
+        let until = Instant::now() + Duration::from_secs(20);
+        while fate(&agent, id) != Fate::Aborted {
+            assert!(Instant::now() < until, "it is not undone");
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(agent.records.read(id).unwrap().map(|r| r.state), Some(State::Aborted));
+        assert!(!image.exists(), "its image stays");
+    }
+}
