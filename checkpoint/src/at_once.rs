@@ -1,5 +1,5 @@
 //! One question put to many at the same time: agents and shims answer in their own time, and the slowest is waited for,
-//! not all of them one after the other. A thread each, so it is for as many as a migration has ends, not for QPs.
+//! not all of them one after the other. A thread each, so it is for agents and processes, not for QPs.
 
 use std::{panic, thread};
 

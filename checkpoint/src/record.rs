@@ -140,17 +140,22 @@ impl Records {
 
     /// On return the record is on disk. What was made ready before is void.
     pub fn write(&self, record: &Record) -> Result<(), RecordError> {
-        self.make_ready(record)?.put().map(drop)
+        self.write_aside(record)?.put()
     }
 
     /// Everything about writing a record that takes time or may fail, but for the last step.
-    pub fn make_ready(&self, record: &Record) -> Result<Ready, RecordError> {
+    pub fn make_ready(&self, record: Record) -> Result<Ready, RecordError> {
+        let file = self.write_aside(&record)?;
+        Ok(Ready { record, file })
+    }
+
+    fn write_aside(&self, record: &Record) -> Result<Aside, RecordError> {
         let path = self.path(&record.id);
         let aside = path.with_extension("ready");
         let wrap = |source| RecordError::Write { path: aside.clone(), source };
         let text = serde_json::to_vec_pretty(record).map_err(|e| wrap(e.into()))?;
         write_out(&aside, &text, 0o600, File::sync_all).map_err(wrap)?;
-        Ok(Ready { record: Some(record.clone()), aside, path })
+        Ok(Aside { aside, path })
     }
 
     /// `None` if there is no such record.
@@ -179,27 +184,35 @@ impl Records {
 /// A record that lies on disk beside the one that holds, and is gone when this is dropped.
 #[derive(Debug)]
 pub struct Ready {
-    /// There until it is put.
-    record: Option<Record>,
-    aside: PathBuf,
-    path: PathBuf,
+    record: Record,
+    file: Aside,
 }
 
 impl Ready {
     /// From now on it is the one that holds; on return on disk, too. After an error nobody knows which one that will be
     /// but who reads it.
-    pub fn put(mut self) -> Result<Record, RecordError> {
-        let put = fs::rename(&self.aside, &self.path).and_then(|()| flush_parent(&self.path));
-        let record = put.and_then(|()| self.record.take().ok_or_else(|| io::ErrorKind::NotFound.into()));
-        record.map_err(|source| RecordError::Write { path: self.path.clone(), source })
+    pub fn put(self) -> Result<Record, RecordError> {
+        self.file.put().map(|()| self.record)
     }
 }
 
-impl Drop for Ready {
+#[derive(Debug)]
+struct Aside {
+    aside: PathBuf,
+    path: PathBuf,
+}
+
+impl Aside {
+    fn put(self) -> Result<(), RecordError> {
+        let put = fs::rename(&self.aside, &self.path).and_then(|()| flush_parent(&self.path));
+        put.map_err(|source| RecordError::Write { path: self.path.clone(), source })
+    }
+}
+
+impl Drop for Aside {
     fn drop(&mut self) {
-        if self.record.is_some() {
-            let _ = fs::remove_file(&self.aside);
-        }
+        // Nothing is there once it was put.
+        let _ = fs::remove_file(&self.aside);
     }
 }
 
@@ -290,17 +303,17 @@ mod tests {
         let started = Record::new(id, "c", "dst:7477");
         records.write(&started).unwrap();
         let committed = Record { state: State::Committed, ..started.clone() };
-        let ready = records.make_ready(&committed).unwrap();
+        let ready = records.make_ready(committed.clone()).unwrap();
         assert_eq!(records.read(id).unwrap().as_ref(), Some(&started));
         assert_eq!(ready.put().unwrap(), committed);
         assert_eq!(records.read(id).unwrap().as_ref(), Some(&committed));
         let left = || fs::read_dir(dir.path().join("migrations")).unwrap().count();
         // An agent that was killed has left one; the next one has undone the migration.
-        std::mem::forget(records.make_ready(&committed).unwrap());
+        std::mem::forget(records.make_ready(committed.clone()).unwrap());
         assert_eq!(left(), 2);
         records.write(&started).unwrap();
         assert_eq!((left(), records.read(id).unwrap()), (1, Some(started)));
-        drop(records.make_ready(&committed).unwrap());
+        drop(records.make_ready(committed.clone()).unwrap());
         assert_eq!(left(), 1, "nobody wants it any more");
     }
 

@@ -137,7 +137,7 @@ impl Run<'_> {
             serde_json::to_value(plan).map_err(|e| Stop::Failed(format!("the plan cannot be written down: {e}")))?;
         let peers = self.plan.peer_containers();
         let record = Record { plan, peers, state: State::Committed, ..self.record.clone() };
-        self.world.records().make_ready(&record).map_err(|e| Stop::Failed(chain(&e)))
+        self.world.records().make_ready(record).map_err(|e| Stop::Failed(chain(&e)))
     }
 
     /// Decides.

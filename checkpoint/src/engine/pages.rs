@@ -36,10 +36,6 @@ impl Diff {
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty() && self.zeros.is_empty()
     }
-
-    fn zero(&mut self, page: u32) {
-        add(&mut self.zeros, page);
-    }
 }
 
 /// Compares whole pages with what is known of them; what is not known is zeros. Pages of `now` that are not in `data`
@@ -55,7 +51,7 @@ pub fn diff(known: &[Print], data: &[Range<usize>], now: &[u8]) -> Diff {
         while data.next_if(|range| range.end <= i).is_some() {}
         if i >= end || data.peek().is_none_or(|range| i < range.start) {
             if before != ZEROS {
-                diff.zero(page);
+                add(&mut diff.zeros, page);
             }
             diff.prints.push(ZEROS);
             continue;
@@ -73,7 +69,7 @@ pub fn diff(known: &[Print], data: &[Range<usize>], now: &[u8]) -> Diff {
         } else {
             diff.bytes.truncate(copied);
             if print != before {
-                diff.zero(page);
+                add(&mut diff.zeros, page);
             }
         }
         diff.prints.push(print);
