@@ -97,9 +97,9 @@ impl Timeline {
         self.running.map(|(phase, _)| phase)
     }
 
-    /// The destination's tasks run from now on.
-    pub fn released(&mut self) {
-        self.released = Some(self.zero.elapsed().as_secs_f64());
+    /// The destination's tasks run since then.
+    pub fn released(&mut self, at: Instant) {
+        self.released = Some((at - self.zero).as_secs_f64());
     }
 
     /// What can be said so far.
@@ -126,7 +126,7 @@ mod tests {
         for phase in Phase::ALL {
             t.enter(phase);
             if phase == Phase::Commit {
-                t.released();
+                t.released(Instant::now());
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
         }

@@ -84,14 +84,13 @@ mod tests {
     use super::*;
     use crate::engine::dest::Entry;
     use crate::engine::fixture::offer;
-    use std::sync::{Arc, Mutex};
 
     #[test]
     fn an_arrival_is_listed_also_while_somebody_works_on_it() {
         let (desk, id) = (Desk::default(), MigrationId([1; 16]));
         let source = "10.0.0.1:7477";
-        let arrival = Arc::new(Mutex::new(Arrival::new(source.into(), offer("c"))));
-        let entry = Entry { container: "c".into(), source: source.into(), arrival: arrival.clone() };
+        let entry = Entry::new(Arrival::new(source.into(), offer("c")));
+        let arrival = entry.arrival.clone();
         lock(&desk.0).insert(id, entry);
         let [seen] = &desk.list()[..] else { panic!("one") };
         assert_eq!((seen.source.as_str(), seen.state.as_str()), (source, "offered"));

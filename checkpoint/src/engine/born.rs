@@ -1,9 +1,9 @@
-//! What the new objects of a destination are called there, as its source needs to know it: QP numbers, and GIDs.
+//! What the new objects of a destination are called there, as its source needs to know it: QP numbers, GIDs, and keys.
 
 use rdma_virt::id::{ObjId, Vpid};
-use rdma_virt::saved::{AdoptedProcess, ProcessState, SgidMap};
+use rdma_virt::saved::{AdoptedContext, AdoptedProcess, ProcessState, SgidMap};
 
-use crate::net::msg::{BornGid, BornQp};
+use crate::net::msg::{BornGid, BornMr, BornQp};
 
 /// What each GID of the processes' tables is here.
 pub(super) fn gids<'a>(
@@ -20,6 +20,16 @@ pub(super) fn gids<'a>(
         }
     }
     gids
+}
+
+/// Remote keys of what is registered already.
+pub(super) fn mrs(made: &[AdoptedProcess]) -> Vec<BornMr> {
+    let contexts = made.iter().flat_map(|p| p.contexts.iter().map(|c| (p.vpid, c)));
+    let of = |(vpid, c): (Vpid, &AdoptedContext)| {
+        let context = c.id;
+        c.mrs.iter().map(move |m| BornMr { vpid, context, mr: m.id, prkey: m.prkey }).collect::<Vec<_>>()
+    };
+    contexts.flat_map(of).collect()
 }
 
 /// QP numbers and addresses for the source's plan. A QP's packets come from the GID its application chose, at that

@@ -28,7 +28,7 @@ use rdma_virt::saved::{AdoptedProcess, ProcessState};
 
 use super::host::{Held, Nursery, Wire};
 use super::landing::Landing;
-use super::memory::Memory;
+use super::memory::Incoming;
 use super::revive::ByHand;
 use super::store::Store;
 use super::{forsaken, take_over};
@@ -47,16 +47,9 @@ const STALE: Duration = Duration::from_secs(5);
 /// How far a migration has come here.
 pub(super) enum State {
     /// Objects are made, memory, rounds of pre-copy and at last the image arrive, in any order.
-    Gathering {
-        nursery: Option<Box<dyn Nursery>>,
-        store: Option<Store>,
-    },
-    Prepared {
-        nursery: Option<Box<dyn Nursery>>,
-        store: Store,
-        held: Box<dyn Held>,
-        wire: Option<Box<dyn Wire>>,
-    },
+    Gathering { nursery: Option<Box<dyn Nursery>>, store: Option<Store> },
+    /// Restored. The last pages of registered memory may still arrive ([`Incoming`]).
+    Prepared { nursery: Option<Box<dyn Nursery>>, store: Store, held: Box<dyn Held>, wire: Option<Box<dyn Wire>> },
     Running {
         nursery: Option<Box<dyn Nursery>>,
         store: Store,
@@ -98,7 +91,7 @@ pub(super) struct Arrival {
     /// The bundle that comes along.
     pub(super) landing: Option<Landing>,
     /// Registered memory that comes along.
-    pub(super) memory: Option<Memory>,
+    pub(super) memory: Incoming,
     /// Something lies ready for its sysfs.
     pub(super) shown: bool,
     /// When the source last said something, or answered.
@@ -122,7 +115,7 @@ impl Arrival {
             state: State::Gathering { nursery: None, store: None },
             since: Instant::now(),
             landing: None,
-            memory: None,
+            memory: Incoming::default(),
             shown: false,
             heard: Instant::now(),
             silent: false,
@@ -141,7 +134,19 @@ pub(super) struct Entry {
     pub container: String,
     /// As in [`Arrival`], for those who do not want to wait for it.
     pub source: String,
+    pub memory: Incoming,
     pub arrival: Arc<Mutex<Arrival>>,
+}
+
+impl Entry {
+    pub fn new(arrival: Arrival) -> Self {
+        Entry {
+            container: arrival.offer.container.clone(),
+            source: arrival.source.clone(),
+            memory: arrival.memory.clone(),
+            arrival: Arc::new(Mutex::new(arrival)),
+        }
+    }
 }
 
 impl std::fmt::Debug for Desk {
@@ -191,6 +196,9 @@ pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Ord
             other => Err(failed(format!("{} for a migration this host knows nothing of", other.name()))),
         };
     };
+    if matches!(order, Order::Pages(_)) {
+        return entry.memory.pages(order).map(|()| Answer::Done).map_err(failed);
+    }
     let mut arrival = lock(&entry.arrival);
     let decides =
         matches!(order, Order::Commit | Order::Adopt | Order::Rebuild { .. } | Order::Finish | Order::Abandon);
@@ -250,9 +258,7 @@ fn consider(
     if problems.is_empty() && !dry_run {
         let source = SocketAddr::new(from.ip(), offer.from_port).to_string();
         agent.meet(&source);
-        let container = offer.container.clone();
-        let arrival = Arc::new(Mutex::new(Arrival::new(source.clone(), offer)));
-        lock(&agent.desk.0).insert(id, Entry { container, source, arrival });
+        lock(&agent.desk.0).insert(id, Entry::new(Arrival::new(source, offer)));
     } else if !dry_run {
         agent.metrics.migration(Role::Destination, Outcome::Refused);
     }
@@ -290,7 +296,7 @@ impl Arrival {
                 let answer = self.receive(agent, id, &mut store, order);
                 (State::Gathering { nursery, store }, answer)
             }
-            (state @ State::Gathering { .. }, order @ (Order::Memory { .. } | Order::Pages(_))) => {
+            (state @ State::Gathering { .. }, order @ Order::Memory { .. }) => {
                 (state, self.remember(agent, order).map_err(failed))
             }
             (State::Gathering { nursery, store: Some(store) }, Order::Restore { files, onward }) => {

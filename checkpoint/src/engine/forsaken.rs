@@ -73,8 +73,8 @@ mod tests {
     use crate::net::msg::{Answer, Lease, Order};
     use std::fs;
     use std::net::SocketAddr;
+    use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
-    use std::sync::{Arc, Mutex};
     use std::time::{Duration, Instant};
 
     const ID: MigrationId = MigrationId([5; 16]);
@@ -110,8 +110,7 @@ mod tests {
     fn put(agent: &Agent, state: State) {
         let mut arrival = Arrival::new("10.0.0.1:1".into(), offer("c"));
         arrival.state = state;
-        let (container, source) = ("c".to_owned(), "10.0.0.1:1".to_owned());
-        lock(&agent.desk.0).insert(ID, Entry { container, source, arrival: Arc::new(Mutex::new(arrival)) });
+        lock(&agent.desk.0).insert(ID, Entry::new(arrival));
     }
 
     fn ends(agent: &Agent) {

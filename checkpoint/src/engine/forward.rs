@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::ops::Deref;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,11 +13,11 @@ use rdma_virt::saved::ProcessState;
 use serde::{Deserialize, Serialize};
 
 use super::host::Container;
-use super::plan::{Plan, Switches};
+use super::plan::Plan;
 use super::source::{Run, Stop, confused};
-use crate::agent::{chain, procs};
+use crate::agent::{LOCAL, chain, procs};
 use crate::image::HandOver;
-use crate::net::msg::{Answer, Lease, Order};
+use crate::net::msg::{Answer, Lease, MovedProcess, Order, VERSION};
 use crate::record::{Ready, Record, State, now};
 
 /// Between two tries of one step.
@@ -36,6 +37,26 @@ pub(super) struct Forward {
     /// Of a container that comes from files.
     #[serde(default)]
     pub image: Option<FromImage>,
+}
+
+impl Forward {
+    /// As it goes to the destination: a tenth of what JSON takes, for it goes inside the pause.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
+        postcard::to_stdvec(&(VERSION, self)).map_err(|e| format!("the plan cannot be written down: {e}"))
+    }
+
+    /// Of the same version only: an agent that was updated in between says so instead of misreading it.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+        match postcard::take_from_bytes::<u16>(bytes) {
+            Ok((VERSION, rest)) => match postcard::take_from_bytes(rest) {
+                Ok((forward, [])) => Ok(forward),
+                Ok((_, rest)) => Err(format!("{} bytes follow it", rest.len())),
+                Err(e) => Err(format!("it cannot be read: {e}")),
+            },
+            Ok((theirs, _)) => Err(format!("it is of version {theirs} of the protocol, this program of {VERSION}")),
+            Err(e) => Err(format!("it cannot be read: {e}")),
+        }
+    }
 }
 
 /// What a restore by command knows of its image beside the plan.
@@ -109,8 +130,20 @@ impl Run<'_> {
             // Without its thread CRIU was refused, and let go of tasks that only their cgroup holds.
             self.kill_what_is_left();
         }
-        self.tell_destination()?;
-        self.timeline.released();
+        // Where every MR has its keys already, peers need not wait for the shims of the moved processes.
+        let early = match self.hand_over {
+            HandOver::Adopt if !self.states.is_empty() => self.plan.keys(&self.states),
+            _ => None,
+        };
+        let (told, released) = thread::scope(|scope| {
+            if let Some(keys) = &early {
+                scope.spawn(|| self.change_over(keys));
+            }
+            (self.tell_destination(), Instant::now())
+        });
+        self.changed_over = early;
+        told?;
+        self.timeline.released(released);
         Ok(())
     }
 
@@ -155,8 +188,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    pub(super) fn tell_destination(&mut self) -> Result<(), Stop> {
-        self.again("letting the tasks run on the destination", |run| {
+    pub(super) fn tell_destination(&self) -> Result<(), Stop> {
+        Self::again(self, "letting the tasks run on the destination", |run| {
             run.ask_destination(Order::Commit, run.answer_time() * 2).map(drop)
         })
     }
@@ -171,27 +204,66 @@ impl Run<'_> {
         if self.states.is_empty() {
             return Ok(());
         }
+        let early = self.changed_over.take();
         let keys = match self.hand_over {
-            HandOver::Adopt => self.adopt()?,
+            HandOver::Adopt => thread::scope(|scope| {
+                if let Some(keys) = &early {
+                    scope.spawn(|| self.tell(vec![self.to.clone()], &self.news(keys)));
+                }
+                self.adopt()
+            })?,
             HandOver::Rebuild => self.rebuild()?,
         };
-        let Switches { peers, inside } = self.plan.switches(&keys);
-        let name = self.request.container.clone();
-        let peers = peers.into_iter().map(|(p, r)| (p.agent, p.container, p.vpid, r));
-        let inside = inside.into_iter().map(|(vpid, r)| (self.to.clone(), name.clone(), vpid, r));
-        let asks = peers.chain(inside).collect();
-        // Both come before the barrier, and neither needs the other.
+        let name = &self.request.container;
+        let inside = self.plan.switches(&keys).inside;
+        let inside = inside.into_iter().map(|(vpid, r)| (self.to.clone(), name.clone(), vpid, r)).collect();
+        let known = early.is_some_and(|early| keys.iter().all(|one| early.contains(one)));
+        // All come before the barrier, and none needs another.
         thread::scope(|scope| {
-            scope.spawn(|| self.tell_everybody(&keys));
-            self.all_forward("switch", asks);
+            if !known {
+                scope.spawn(|| self.change_over(&keys));
+                scope.spawn(|| self.tell(vec![self.to.clone()], &self.news(&keys)));
+            }
+            self.all_forward("switch", inside);
         });
         Ok(())
     }
 
-    fn adopt(&mut self) -> Result<Vec<(Vpid, KeyTable)>, Stop> {
+    /// Peers use their second QPs, and all hosts but the destination know where the container is.
+    fn change_over(&self, keys: &[(Vpid, KeyTable)]) {
+        let peers = self.plan.switches(keys).peers;
+        let peers = peers.into_iter().map(|(p, r)| (p.agent, p.container, p.vpid, r)).collect();
+        let news = self.news(keys);
+        let mut agents: Vec<String> = self.plan.peer_containers().into_iter().map(|(agent, _)| agent).collect();
+        agents.retain(|a| *a != LOCAL && *a != self.to);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                if let Err(why) = self.world.left(&self.request.container, &news) {
+                    self.note(format!("remembering where the container went: {why}"));
+                }
+            });
+            scope.spawn(|| self.tell(agents, &news));
+            self.all_forward("switch", peers);
+        });
+    }
+
+    /// The new location, for tables of agents.
+    fn news(&self, keys: &[(Vpid, KeyTable)]) -> Vec<MovedProcess> {
+        self.plan.moved(&self.request.container, &self.states, keys, self.lease, &self.to, now())
+    }
+
+    /// One that misses it asks its way through.
+    fn tell(&self, agents: Vec<String>, news: &[MovedProcess]) {
+        let tell = |at: &String| self.world.call(at, self.id, Order::Moved(news.to_vec()), self.answer_time()).err();
+        for e in self.fan_out(agents, tell).into_iter().filter_map(|(_, e)| e) {
+            self.note(format!("an agent did not learn the new place: {}", chain(&e)));
+        }
+    }
+
+    fn adopt(&self) -> Result<Vec<(Vpid, KeyTable)>, Stop> {
         let adopt = Duration::from_secs(self.world.config().deadlines.reconnect) + self.answer_time() * 2;
         let mut keys: Vec<(Vpid, KeyTable)> = Vec::new();
-        self.again("handing the new objects to the moved processes", |run| {
+        Self::again(self, "handing the new objects to the moved processes", |run| {
             match run.ask_destination(Order::Adopt, adopt)? {
                 Answer::Adopted { keys: got } => keys = got,
                 _ => return Err(confused("the destination", "adopt")),
@@ -199,21 +271,6 @@ impl Run<'_> {
             Ok(())
         })?;
         Ok(keys)
-    }
-
-    /// The new location, for tables of agents. One that misses it asks its way through.
-    fn tell_everybody(&self, keys: &[(Vpid, KeyTable)]) {
-        let news = self.plan.moved(&self.request.container, &self.states, keys, self.lease, &self.to, now());
-        if let Err(why) = self.world.left(&self.request.container, &news) {
-            self.note(format!("remembering where the container went: {why}"));
-        }
-        let mut agents: Vec<String> = self.plan.peer_containers().into_iter().map(|(agent, _)| agent).collect();
-        agents.retain(|a| a != crate::agent::LOCAL && *a != self.to);
-        agents.push(self.to.clone());
-        let tell = |at: &String| self.world.call(at, self.id, Order::Moved(news.clone()), self.answer_time()).err();
-        for e in self.fan_out(agents, tell).into_iter().filter_map(|(_, e)| e) {
-            self.note(format!("an agent did not learn the new place: {}", crate::agent::chain(&e)));
-        }
     }
 
     /// Held sends go out everywhere. Only now, when every end has its receives posted.
@@ -257,24 +314,24 @@ impl Run<'_> {
     }
 
     /// Repeats one step.
-    pub(super) fn again(
-        &mut self,
+    pub(super) fn again<R: Deref<Target = Self>>(
+        mut run: R,
         what: &str,
-        mut step: impl FnMut(&mut Self) -> Result<(), Stop>,
+        mut step: impl FnMut(&mut R) -> Result<(), Stop>,
     ) -> Result<(), Stop> {
-        let until = self.until();
+        let until = run.until();
         let mut told = false;
         loop {
-            let stop = match step(self) {
+            let stop = match step(&mut run) {
                 Ok(()) => return Ok(()),
                 Err(stop) => stop,
             };
-            self.wanted()?;
+            run.wanted()?;
             if Instant::now() >= until {
                 return Err(Stop::Failed(format!("{what}: {stop}")));
             }
             if !told {
-                self.note(format!("{what}: {stop}; trying again"));
+                run.note(format!("{what}: {stop}; trying again"));
                 told = true;
             }
             thread::sleep(PAUSE);
@@ -283,9 +340,9 @@ impl Run<'_> {
 
     /// A host that was restarted meanwhile answers like one that has finished; but the container ended with it, and
     /// what is kept here is all there is.
-    fn still_there(&mut self) -> Result<(), Stop> {
+    fn still_there(&self) -> Result<(), Stop> {
         let mut holds = false;
-        self.again("asking the destination whether it has the container", |run| {
+        Self::again(self, "asking the destination whether it has the container", |run| {
             match run.ask_destination(Order::Holds, run.answer_time())? {
                 Answer::Has(has) => holds = has,
                 _ => return Err(confused("the destination", "holds")),
@@ -312,7 +369,7 @@ impl Run<'_> {
             // An agent that has to finish this after us would do everything once more, and ask in vain.
             self.note(crate::agent::chain(&e));
         }
-        self.again("telling the destination that all is done", |run| {
+        Self::again(&*self, "telling the destination that all is done", |run| {
             run.ask_destination(Order::Finish, run.answer_time()).map(drop)
         })?;
         let agents: Vec<String> = std::mem::take(&mut self.effects.claimed).into_iter().collect();

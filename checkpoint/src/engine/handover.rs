@@ -84,11 +84,6 @@ impl Run<'_> {
         let thread = thread::Builder::new().name("dump".into()).spawn(run);
         let thread = thread.map_err(|e| Stop::Failed(format!("no thread for the dump: {e}")))?;
         self.effects.dump = Some(Dump { verdict, thread });
-        // CRIU leaves registered memory out; nobody writes to it any more.
-        // On its way to disk the command that runs CRIU saves it.
-        if self.voyage.is_some() {
-            self.late_memory = self.memory_round(Phase::Dump)?.bytes;
-        }
         self.wait_for_gate(&reached, &images)
     }
 
@@ -168,11 +163,10 @@ impl Run<'_> {
     pub(super) fn restore(&mut self) -> Result<(), Stop> {
         let files = self.sent.files;
         let deadline = Duration::from_secs(self.world.config().deadlines.restore) + self.answer_time();
-        let failed = |e: serde_json::Error| Stop::Failed(format!("the plan cannot be written down: {e}"));
         // Of a restore by command this host has the record.
         let onward = match self.to == LOCAL {
             true => Vec::new(),
-            false => serde_json::to_vec(&self.onward()).map_err(failed)?,
+            false => self.onward().to_bytes().map_err(Stop::Failed)?,
         };
         let restored = thread::scope(|scope| {
             // Nothing changes any more that the decision has to know; to write it down takes time that is there now.

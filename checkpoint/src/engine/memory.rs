@@ -6,9 +6,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use super::pages::PAGE;
-use crate::agent::is_plain_name;
+use crate::agent::{chain, is_plain_name, lock};
 use crate::net::msg::{MemoryFile, MemoryPages, Order, PIECE};
 
 /// As many as a source sends.
@@ -40,6 +41,35 @@ pub struct Memory {
     dir: PathBuf,
     files: BTreeMap<String, (MemoryFile, File)>,
     limit: u64,
+}
+
+/// The memory of one migration. Its pages come also while the rest of the container is restored, so whoever brings them
+/// needs nothing but this.
+#[derive(Clone, Debug, Default)]
+pub struct Incoming(Arc<Mutex<Option<Memory>>>);
+
+impl Incoming {
+    /// Which files there are; `begin` makes the place for them.
+    pub fn announce(&self, order: Order, begin: impl FnOnce() -> Result<Memory, String>) -> Result<(), String> {
+        let mut memory = lock(&self.0);
+        let memory = match &mut *memory {
+            Some(memory) => memory,
+            none => none.insert(begin()?),
+        };
+        memory.take(order).map_err(|e| chain(&e))
+    }
+
+    /// Pages of files that were announced to this agent: one that was started since knows of none.
+    pub fn pages(&self, order: Order) -> Result<(), String> {
+        let mut memory = lock(&self.0);
+        let memory = memory.as_mut().ok_or("pages of memory that nobody announced here, or that runs already")?;
+        memory.take(order).map_err(|e| chain(&e))
+    }
+
+    /// From now on nothing is written any more. Whether there was anything.
+    pub fn close(&self) -> bool {
+        lock(&self.0).take().is_some()
+    }
 }
 
 impl Memory {
@@ -172,6 +202,21 @@ mod tests {
         assert_eq!(content.chunks(PAGE).map(|p| p[17]).collect::<Vec<_>>(), [0, 0, 5, 6]);
         memory.take(Order::Memory { files: vec![file("7.1", 9, 4)] }).unwrap();
         assert_eq!(fs::read(&path).unwrap(), vec![0; 4 * PAGE], "a file that is another one begins anew");
+    }
+
+    #[test]
+    fn pages_are_written_from_the_announcement_until_the_container_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let incoming = Incoming::default();
+        let write = |byte| incoming.pages(pages("7.1", &[(0, 1)], &[], byte));
+        assert!(write(5).unwrap_err().contains("nobody announced"));
+        let files = Order::Memory { files: vec![file("7.1", 1, 1)] };
+        incoming.announce(files, || Ok(Memory::begin(dir.path().into(), 0).unwrap())).unwrap();
+        write(6).unwrap();
+        assert!(incoming.close());
+        assert!(write(7).unwrap_err().contains("runs already"));
+        assert_eq!(fs::read(dir.path().join("7.1")).unwrap(), vec![6; PAGE]);
+        assert!(!incoming.close());
     }
 
     #[test]

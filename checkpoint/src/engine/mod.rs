@@ -86,6 +86,7 @@ pub mod negotiate;
 mod newcomers;
 mod nursery;
 pub mod orphans;
+mod pace;
 pub(crate) mod pages;
 pub mod park;
 pub mod plan;

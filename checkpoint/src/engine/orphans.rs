@@ -73,7 +73,6 @@ mod tests {
     use crate::engine::fixture::{idle_agent_with, offer};
     use crate::engine::host::{Held, Result as HostResult};
     use crate::engine::store::Store;
-    use std::sync::{Arc, Mutex};
 
     const ID: MigrationId = MigrationId([6; 16]);
     /// Nobody listens there.
@@ -98,7 +97,7 @@ mod tests {
         let mut arrival = Arrival::new(SOURCE.into(), offer("c"));
         arrival.state = state(store);
         arrival.heard = Instant::now().checked_sub(QUIET * 2).unwrap();
-        let entry = Entry { container: "c".into(), source: SOURCE.into(), arrival: Arc::new(Mutex::new(arrival)) };
+        let entry = Entry::new(arrival);
         lock(&agent.desk.0).insert(ID, entry.clone());
         entry
     }

@@ -8,7 +8,7 @@ use rdma_virt::msg::{Connect, Count, KeyTable, Request, SwitchLink};
 use rdma_virt::saved::{ContextState, ProcessState, QpPhase, QpState, Remote};
 use serde::{Deserialize, Serialize};
 
-use crate::net::msg::{BornGid, BornQp, End, FarEnd, JoinLink, Lease, Link, MovedProcess};
+use crate::net::msg::{BornGid, BornMr, BornQp, End, FarEnd, JoinLink, Lease, Link, MovedProcess};
 
 /// One QP of the moving container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -74,6 +74,9 @@ pub struct Plan {
     /// And what the processes' GIDs are there.
     #[serde(default)]
     pub gids: Vec<BornGid>,
+    /// MRs that are registered before their processes exist.
+    #[serde(default)]
+    pub mrs: Vec<BornMr>,
 }
 
 fn qps(states: &[ProcessState]) -> impl Iterator<Item = (QpKey, &QpState)> {
@@ -411,6 +414,18 @@ impl Plan {
             peers: self.for_peers(switch, ask),
             inside: inside.into_iter().map(|(vpid, links)| (vpid, ask(links))).collect(),
         }
+    }
+
+    /// Remote keys of the processes as their shims will tell them, if none of their MRs is left for a shim to register.
+    pub fn keys(&self, states: &[ProcessState]) -> Option<Vec<(Vpid, KeyTable)>> {
+        let born: BTreeMap<_, _> = self.mrs.iter().map(|m| ((m.vpid, m.context, m.mr), m.prkey)).collect();
+        let of = |s: &ProcessState| {
+            let mrs = s.contexts.iter().flat_map(|c| c.mrs.iter().map(move |mr| (c.id, mr)));
+            let pairs = mrs.map(|(context, mr)| Some((mr.vrkey, *born.get(&(s.vpid, context, mr.id))?)));
+            let changed = pairs.filter(|pair| pair.is_none_or(|(vrkey, prkey)| vrkey.0 != prkey.0));
+            Some((s.vpid, KeyTable(changed.collect::<Option<_>>()?)))
+        };
+        states.iter().map(of).collect()
     }
 
     /// Where the moved processes are now, for everybody's tables.

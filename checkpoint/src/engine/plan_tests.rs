@@ -1,7 +1,8 @@
 //! Tests of the plan: who is told what.
 
 use super::*;
-use crate::engine::fixture::{DST, PEER, SRC, process, qp};
+use crate::engine::fixture::{DST, PEER, SRC, mr, process, qp};
+use rdma_virt::id::{PRkey, VRkey};
 
 fn here(gid: PGid) -> bool {
     gid == PGid(SRC)
@@ -46,6 +47,22 @@ fn both_ends_are_joined_with_each_others_numbers_and_psns() {
     let [(to, Request::Connect { links })] = &connects[..] else { panic!("{connects:?}") };
     assert_eq!((to, links[0].remote_qpn, links[0].remote_gid), (&peer, PQpn(40), PGid(DST)));
     assert_eq!((links[0].sq_psn, links[0].rq_psn), (join.rq_psn, join.sq_psn));
+}
+
+#[test]
+fn keys_are_known_before_the_processes_run_if_every_mr_is_registered_by_then() {
+    let mut states = vec![process(7, Vec::new()), process(8, Vec::new())];
+    states[0].contexts[0].mrs = vec![mr(1, 0x1000, 64), mr(2, 0x2000, 64)];
+    let born = |vpid, mr, key| BornMr { vpid: Vpid(vpid), context: ObjId(1), mr: ObjId(mr), prkey: PRkey(key) };
+    let mut plan = Plan { mrs: vec![born(7, 2, 2), born(8, 1, 70)], ..Plan::default() };
+    assert_eq!(plan.keys(&states), None, "another process' MR is none of this one's");
+    plan.mrs.push(born(7, 1, 90));
+    let known = KeyTable(vec![(VRkey(1), PRkey(90))]);
+    assert_eq!(
+        plan.keys(&states),
+        Some(vec![(Vpid(7), known), (Vpid(8), KeyTable::default())]),
+        "only what is not called as before"
+    );
 }
 
 #[test]

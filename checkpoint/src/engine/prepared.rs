@@ -22,10 +22,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 
-use rdma_virt::id::{MigrationId, Vpid};
-use rdma_virt::msg::KeyTable;
+use rdma_virt::id::MigrationId;
 use rdma_virt::saved::AdoptedProcess;
 use serde::{Deserialize, Serialize};
 
@@ -45,7 +43,7 @@ const DOOR: &str = "door.sock";
 /// Name of the file with the id of the container that is being restored: there is no note before that is done.
 const BEGUN: &str = "restores";
 /// Version of the note's format.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Where the monitor of an image in `dir` waits.
 pub(super) fn door(dir: &Path) -> std::path::PathBuf {
@@ -80,8 +78,6 @@ pub(super) struct Note {
     adopted: Vec<AdoptedProcess>,
     /// The source has committed, and the tasks were about to run.
     decided: bool,
-    /// What the shims answered, once they did.
-    keys: Option<Vec<(Vpid, KeyTable)>>,
     /// Which start of this host it belongs to.
     boot: String,
     /// The image, where an administrator gave it.
@@ -98,17 +94,7 @@ fn this_boot() -> String {
 impl Note {
     pub fn new(source: &str, offer: &Offer, init: i32, adopted: &[AdoptedProcess]) -> Self {
         let (source, offer, adopted) = (source.to_owned(), offer.clone(), adopted.to_vec());
-        Note {
-            version: VERSION,
-            source,
-            offer,
-            init,
-            adopted,
-            decided: false,
-            keys: None,
-            boot: this_boot(),
-            images: None,
-        }
+        Note { version: VERSION, source, offer, init, adopted, decided: false, boot: this_boot(), images: None }
     }
 
     /// The image came from an administrator.
@@ -125,14 +111,10 @@ impl Note {
         Note { decided: true, ..self }
     }
 
-    pub fn with_keys(self, keys: &[(Vpid, KeyTable)]) -> Self {
-        Note { keys: Some(keys.to_vec()), ..self.decided() }
-    }
-
     /// Replaces the note in `dir`, in one step.
     pub fn write(&self, dir: &Path) -> Result<(), String> {
         let path = dir.join(NOTE);
-        if self.images.is_some() && self.decided && self.keys.is_none() {
+        if self.images.is_some() && self.decided {
             return write_json(&path, self).map_err(|e| chain(&e));
         }
         replace_json_unflushed(&path, self).map_err(|e| format!("cannot write {}: {e}", path.display()))
@@ -236,7 +218,7 @@ fn go_on(agent: &Agent, id: MigrationId, dir: &Path, note: Note, held: Option<Bo
         None => {
             eprintln!("{id} of container {container}: it runs here; going on");
             agent.take_over(id, &container, &arrival.source);
-            State::Running { nursery: None, store, held: Box::new(Runs(note.init)), keys: note.keys }
+            State::Running { nursery: None, store, held: Box::new(Runs(note.init)), keys: None }
         }
         Some(held) => {
             eprintln!("{id} of container {container}: prepared; waiting for the decision of {}", arrival.source);
@@ -258,15 +240,14 @@ fn go_on(agent: &Agent, id: MigrationId, dir: &Path, note: Note, held: Option<Bo
             Err(why) => eprintln!("{id}: {why}"),
         }
     }
-    let source = arrival.source.clone();
-    lock(&agent.desk.0).insert(id, Entry { container, source, arrival: Arc::new(Mutex::new(arrival)) });
+    lock(&agent.desk.0).insert(id, Entry::new(arrival));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::engine::fixture::{NEVER_CAME, idle_agent, offer, removed};
-    use rdma_virt::id::{PRkey, VRkey};
+    use rdma_virt::id::Vpid;
 
     fn note() -> Note {
         let adopted = [AdoptedProcess { vpid: Vpid(1), contexts: Vec::new() }];
@@ -277,17 +258,11 @@ mod tests {
     fn a_note_is_read_as_it_was_written_in_each_of_its_stages() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Note::read(dir.path()).unwrap(), None);
-        let keys = [(Vpid(1), KeyTable(vec![(VRkey(1), PRkey(2))]))];
         let given = note().given(Some(Path::new("/var/image")));
-        for (stage, decided, with_keys) in [
-            (note(), false, false),
-            (note().decided(), true, false),
-            (note().with_keys(&keys), true, true),
-            (given, false, false),
-        ] {
+        for (stage, decided) in [(note(), false), (note().decided(), true), (given, false)] {
             stage.write(dir.path()).unwrap();
             let read = Note::read(dir.path()).unwrap().unwrap();
-            assert_eq!((read.decided, read.keys.is_some()), (decided, with_keys));
+            assert_eq!(read.decided, decided);
             assert_eq!(read, stage);
         }
     }
@@ -297,7 +272,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         Note { version: VERSION + 1, ..note() }.write(dir.path()).unwrap();
         let why = Note::read(dir.path()).unwrap_err();
-        assert!(why.contains("version 3"), "{why}");
+        assert!(why.contains("version 4"), "{why}");
         fs::write(dir.path().join(NOTE), "{").unwrap();
         assert!(Note::read(dir.path()).is_err());
     }

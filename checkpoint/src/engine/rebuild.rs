@@ -57,7 +57,7 @@ impl Run<'_> {
     /// peers' second QPs are connected.
     pub(super) fn rebuild(&mut self) -> Result<Vec<(Vpid, KeyTable)>, Stop> {
         let mut keys = Vec::new();
-        self.again("having the moved processes make their objects again", |run| {
+        Self::again(&mut *self, "having the moved processes make their objects again", |run| {
             let outside = run.plan.joins_outside().map_err(Stop::Failed)?;
             keys = run.ask_to_rebuild(outside)?;
             if run.plan.links.iter().any(|l| matches!(l.far, Far::Inside(_))) {

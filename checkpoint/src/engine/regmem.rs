@@ -12,20 +12,30 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rdma_virt::id::MigrationId;
+
+use super::pace::Pace;
 use super::pages::{CHUNK, Diff, PAGE, Print, diff};
 use super::source::{Run, Stop, confused};
 use super::view::{Torn, View};
+use super::world::World;
+use super::{Cancel, Progress};
 use crate::agent::admin::Event;
+use crate::agent::lock;
 use crate::net::msg::{Answer, MemoryFile, MemoryPages, Order, PIECE};
 use crate::phase::Phase;
 
 /// For one piece.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whoever waits longer for the last round is told so.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// Threads that compare.
 const WORKERS: usize = 4;
@@ -71,33 +81,97 @@ struct Job<'a> {
     view: &'a View,
 }
 
-impl Run<'_> {
+/// What a round needs of its migration.
+#[derive(Clone)]
+struct Line<'a> {
+    world: &'a dyn World,
+    id: MigrationId,
+    to: String,
+    cancel: &'a Cancel,
+    /// Who is told how far it is, and in which phase; nobody, where other things go on.
+    progress: Option<(&'a dyn Progress, Phase)>,
+    /// For one piece.
+    patience: Duration,
+}
+
+/// Files as they were found.
+pub(super) struct Found(Vec<(File, MemoryFile)>);
+
+impl<'a> Run<'a> {
     /// One round: afterwards the destination has every page as it was at some moment of the round.
     pub(super) fn memory_round(&mut self, phase: Phase) -> Result<Round, Stop> {
-        let start = Instant::now();
-        let Some(dir) = self.world.host().memory_files(&self.request.container) else { return Ok(Round::default()) };
-        let open = list(&dir)?;
-        if open.is_empty() && self.known.0.is_empty() {
-            return Ok(Round::default());
-        }
-        let files: Vec<MemoryFile> = open.iter().map(|(_, file)| file.clone()).collect();
-        self.memory_order(Order::Memory { files: files.clone() })?;
+        let Some(found) = self.find_memory()? else { return Ok(Round::default()) };
+        let line = Line { progress: Some((self.progress, phase)), ..self.memory_line() };
         let mut known = std::mem::take(&mut self.known);
-        // A file that is another one by now begins anew on both sides.
-        known.0.retain(|name, known| files.iter().any(|f| f.name == *name && *f == known.file));
-        for file in &files {
-            let fresh = || KnownFile { file: file.clone(), chunks: BTreeMap::new(), view: None };
-            known.0.entry(file.name.clone()).or_insert_with(fresh);
-        }
-        let result = self.changes(&open, &mut known, phase);
+        let round = line.round(&found, &mut known, &Pace::fast());
         self.known = known;
-        let (bytes, seen) = result?;
-        self.sent_memory += bytes;
-        let round = Round { bytes, seen, took: start.elapsed() };
-        if self.largest.is_none_or(|other| bytes > other.bytes) {
+        let round = round?;
+        self.made(round);
+        Ok(round)
+    }
+
+    /// Looks which files there are, and tells the destination, if it does not know already. `None` if there are none, and
+    /// never were.
+    pub(super) fn find_memory(&mut self) -> Result<Option<Found>, Stop> {
+        let Some(dir) = self.world.host().memory_files(&self.request.container) else { return Ok(None) };
+        let open = list(&dir)?;
+        let known = &self.known.0;
+        if open.is_empty() && known.is_empty() {
+            return Ok(None);
+        }
+        let is_known = |file: &MemoryFile| known.get(&file.name).is_some_and(|known| known.file == *file);
+        if known.len() != open.len() || !open.iter().all(|(_, file)| is_known(file)) {
+            let files: Vec<MemoryFile> = open.iter().map(|(_, file)| file.clone()).collect();
+            self.memory_line().order(Order::Memory { files: files.clone() })?;
+            // A file that is another one by now begins anew on both sides.
+            self.known.0.retain(|name, known| files.iter().any(|f| f.name == *name && *f == known.file));
+            for file in files {
+                let name = file.name.clone();
+                self.known.0.entry(name).or_insert(KnownFile { file, chunks: BTreeMap::new(), view: None });
+            }
+        }
+        Ok(Some(Found(open)))
+    }
+
+    /// The last round, when nobody writes any more: beside `phases`, which end with the restore. What CRIU and the
+    /// destination do meanwhile does not wait for it.
+    pub(super) fn last_round_beside(
+        &mut self,
+        found: Option<Found>,
+        phases: impl FnOnce(&mut Self, &LastRound) -> Result<(), Stop>,
+    ) -> Result<(), Stop> {
+        let Some(found) = found else { return phases(self, &LastRound::none()) };
+        let restore = Duration::from_secs(self.world.config().deadlines.restore);
+        // A piece may have to wait until the destination has restored.
+        let line = Line { patience: PATIENCE + restore, ..self.memory_line() };
+        let mut known = std::mem::take(&mut self.known);
+        let (told, over) = sync_channel(1);
+        let last = LastRound { over: Some(Mutex::new(over)), pace: Pace::default() };
+        let done = thread::scope(|scope| {
+            let round = || {
+                // Whoever waits for it has gone: its own error ended the migration.
+                let _ = told.send(line.round(&found, &mut known, &last.pace));
+            };
+            let thread = thread::Builder::new().name("memory".into()).spawn_scoped(scope, round);
+            thread.map_err(|e| Stop::Failed(format!("no thread for registered memory: {e}")))?;
+            let done = phases(self, &last);
+            last.pace.stop();
+            done
+        });
+        self.known = known;
+        done
+    }
+
+    fn made(&mut self, round: Round) {
+        self.sent_memory += round.bytes;
+        if self.largest.is_none_or(|other| round.bytes > other.bytes) {
             self.largest = Some(round);
         }
-        Ok(round)
+    }
+
+    fn memory_line(&self) -> Line<'a> {
+        let (world, cancel, to) = (self.world, self.cancel, self.to.clone());
+        Line { world, id: self.id, to, cancel, progress: None, patience: PATIENCE }
     }
 
     /// Rounds while they pay.
@@ -122,8 +196,60 @@ impl Run<'_> {
         }
         Ok(())
     }
+}
 
-    fn changes(&self, open: &[(File, MemoryFile)], known: &mut Known, phase: Phase) -> Result<(u64, u64), Stop> {
+/// The last round on its way.
+pub(super) struct LastRound {
+    over: Option<Mutex<Receiver<Result<Round, Stop>>>>,
+    /// CRIU's dump comes first.
+    pace: Pace,
+}
+
+impl LastRound {
+    /// Of a container without such memory.
+    fn none() -> Self {
+        LastRound { over: None, pace: Pace::default() }
+    }
+
+    /// What had to come first is done.
+    pub fn hurry(&self) {
+        self.pace.hurry();
+    }
+
+    /// Waits until the destination has all of it.
+    pub fn arrive(&self, run: &mut Run<'_>) -> Result<(), Stop> {
+        let Some(over) = &self.over else { return Ok(()) };
+        let over = lock(over);
+        let round = over.recv_timeout(MOMENT).or_else(|_| {
+            run.note("waiting for the last registered memory to arrive");
+            over.recv()
+        });
+        let round = round.unwrap_or_else(|_| Err(Stop::Failed("its thread panicked".into())))?;
+        run.late_memory = round.bytes;
+        run.made(round);
+        Ok(())
+    }
+}
+
+impl Line<'_> {
+    /// Compares and sends.
+    fn round(&self, found: &Found, known: &mut Known, pace: &Pace) -> Result<Round, Stop> {
+        let start = Instant::now();
+        let (bytes, seen) = self.changes(&found.0, known, pace)?;
+        Ok(Round { bytes, seen, took: start.elapsed() })
+    }
+
+    fn order(&self, order: Order) -> Result<(), Stop> {
+        if let Some(why) = self.cancel.given_up().or_else(|| self.cancel.why()) {
+            return Err(Stop::Failed(why));
+        }
+        match self.world.call(&self.to, self.id, order, self.patience)? {
+            Answer::Done => Ok(()),
+            _ => Err(confused("the destination", "memory")),
+        }
+    }
+
+    fn changes(&self, open: &[(File, MemoryFile)], known: &mut Known, pace: &Pace) -> Result<(u64, u64), Stop> {
         for (file, meta) in open.iter().filter(|(_, meta)| meta.len > 0) {
             let known = known.0.get_mut(&meta.name).filter(|known| known.view.is_none());
             if let Some(known) = known {
@@ -141,7 +267,7 @@ impl Run<'_> {
             jobs.extend(data.into_iter().map(|(chunk, data)| Job { file: n, chunk, data, known: known(chunk), view }));
         }
         let seen = jobs.iter().flat_map(|job| &job.data).map(|pages| pages.len() * PAGE).sum::<usize>() as u64;
-        let mut batch = Batch { run: self, phase, total: seen, sent: 0, pages: Vec::new(), waiting: 0 };
+        let mut batch = Batch { line: self, total: seen, sent: 0, pages: Vec::new(), waiting: 0 };
         let mut prints = Vec::with_capacity(jobs.len());
         let next = AtomicUsize::new(0);
         let (results, compared) = sync_channel::<(usize, (Diff, Result<(), Torn>))>(WORKERS);
@@ -150,7 +276,9 @@ impl Run<'_> {
             for _ in 0..WORKERS.min(thread::available_parallelism().map_or(1, usize::from)).min(jobs.len()) {
                 let (results, jobs, next) = (results.clone(), &jobs, &next);
                 scope.spawn(move || {
+                    let mut keeper = pace.keeper();
                     loop {
+                        keeper.keep();
                         let at = next.fetch_add(1, Ordering::Relaxed);
                         let Some(job) = jobs.get(at) else { return };
                         // Nobody listens: somebody else's error ended the round.
@@ -162,6 +290,9 @@ impl Run<'_> {
             }
             drop(results);
             for (at, (mut diff, whole)) in compared {
+                if pace.is_over() {
+                    return Err(Stop::Failed("it is not wanted any more".into()));
+                }
                 let job = &jobs[at];
                 let name = &open[job.file].1.name;
                 if whole.is_err() {
@@ -183,14 +314,6 @@ impl Run<'_> {
             }
         }
         Ok((sent, seen))
-    }
-
-    fn memory_order(&self, order: Order) -> Result<(), Stop> {
-        self.wanted()?;
-        match self.ask_destination(order, PATIENCE)? {
-            Answer::Done => Ok(()),
-            _ => Err(confused("the destination", "memory")),
-        }
     }
 }
 
@@ -261,16 +384,15 @@ pub(crate) fn compare(view: &View, chunk: u64, known: &[Print], data: &[Range<us
 }
 
 /// Changes that wait for company.
-struct Batch<'r, 'w> {
-    run: &'r Run<'w>,
-    phase: Phase,
+struct Batch<'a> {
+    line: &'a Line<'a>,
     total: u64,
     sent: u64,
     pages: Vec<MemoryPages>,
     waiting: usize,
 }
 
-impl Batch<'_, '_> {
+impl Batch<'_> {
     fn add(&mut self, file: &str, first: u64, diff: Diff) -> Result<(), Stop> {
         if diff.is_empty() {
             return Ok(());
@@ -288,10 +410,12 @@ impl Batch<'_, '_> {
         if self.pages.is_empty() {
             return Ok(());
         }
-        self.run.memory_order(Order::Pages(std::mem::take(&mut self.pages)))?;
+        self.line.order(Order::Pages(std::mem::take(&mut self.pages)))?;
         self.sent += std::mem::take(&mut self.waiting) as u64;
-        let (phase, done, total) = (self.phase, self.sent, self.total.max(self.sent));
-        self.run.progress.event(Event::Progress { phase, done, total, unit: "bytes".into() });
+        if let Some((progress, phase)) = self.line.progress {
+            let (done, total) = (self.sent, self.total.max(self.sent));
+            progress.event(Event::Progress { phase, done, total, unit: "bytes".into() });
+        }
         Ok(())
     }
 }

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::MigrationId;
@@ -218,9 +218,7 @@ fn admit(agent: &Agent, request: &RestoreRequest, found: &Found, by_hand: ByHand
         arrival.state = dest::State::Gathering { nursery: None, store: Some(store(agent, request, found)?) };
     }
     arrival.by_hand = Some(by_hand);
-    let (container, source) = (request.container.clone(), source.into());
-    let entry = Entry { container, source, arrival: Arc::new(Mutex::new(arrival)) };
-    lock(&agent.desk.0).insert(found.id, entry);
+    lock(&agent.desk.0).insert(found.id, Entry::new(arrival));
     Ok(())
 }
 
@@ -540,7 +538,7 @@ impl Run<'_> {
         };
         self.decide(&forward)?;
         self.tell_destination()?;
-        self.timeline.released();
+        self.timeline.released(Instant::now());
         Ok(())
     }
 }

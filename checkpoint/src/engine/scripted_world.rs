@@ -7,13 +7,13 @@ use crate::agent::connecting::End as Unconnected;
 use crate::agent::metrics::Metrics;
 use crate::agent::procs::Process;
 use crate::agent::under_way::UnderWay;
-use crate::engine::fixture::{DST, process, qp};
+use crate::engine::fixture::{DST, mr, process, qp};
 use crate::engine::host::{DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob};
 use crate::engine::world::OwnShim;
 use crate::likeness::Likeness;
-use crate::net::msg::{BornQp, End as FarShim, FarEnd, MovedProcess};
+use crate::net::msg::{BornMr, BornQp, End as FarShim, FarEnd, MovedProcess};
 use crate::record::Records;
-use rdma_virt::id::{ObjId, PGid, PQpn, VQpn};
+use rdma_virt::id::{ObjId, PGid, PQpn, PRkey, VQpn, VRkey};
 use rdma_virt::msg::{Count, KeyTable};
 use std::io;
 use std::path::Path;
@@ -41,9 +41,13 @@ pub struct Truth {
     pub prepared: bool,
     pub running: bool,
     pub adopted: bool,
+    /// The source has decided, before this step.
+    pub decided: bool,
     /// The new QP has a number; the peer's second one is connected to it.
     pub born: bool,
     pub connected: bool,
+    /// The process' MR is left for its shim to register.
+    pub late_mr: bool,
     pub there_resumed: bool,
     pub forgotten: bool,
     /// Somebody has connected to an unconnected QP; seen once.
@@ -125,10 +129,12 @@ impl Script {
         if fault == Some(Fault::Before) {
             return Err(format!("{name} failed"));
         }
+        let decided =
+            || self.records.read(ID).unwrap().is_some_and(|r| matches!(r.state, State::Committed | State::Finished));
         let mut truth = self.truth.lock().unwrap();
+        truth.decided = decided();
         let result = effect(&mut truth);
-        let committed =
-            self.records.read(ID).unwrap().is_some_and(|r| matches!(r.state, State::Committed | State::Finished));
+        let committed = decided();
         assert!(!truth.running || committed, "runs there without a decision, after {name}");
         assert!(!truth.killed || committed, "killed here without a decision, after {name}");
         assert!(!truth.running || truth.frozen || truth.killed, "two copies run, after {name}");
@@ -179,7 +185,8 @@ impl World for Fake {
         if at == "dst" && self.truth.lock().unwrap().silent {
             return Err(refused("it is silent".into()));
         }
-        let answered = self.script().step(&format!("{at}: {name}"), |t| {
+        let what = if let Order::Relay { request, .. } = &order { crate::agent::shims::verb(request) } else { name };
+        let answered = self.script().step(&format!("{at}: {what}"), |t| {
             if let Order::Relay { request, .. } = &order {
                 t.peer_ended |= t.mortal && matches!(request, Request::Prepare { .. });
                 if t.peer_ended {
@@ -265,7 +272,9 @@ impl World for Fake {
 }
 
 pub fn state() -> ProcessState {
-    process(7, vec![qp(1, 17, Some(30))])
+    let mut state = process(7, vec![qp(1, 17, Some(30))]);
+    state.contexts[0].mrs = vec![mr(5, 0x1000, 64)];
+    state
 }
 
 /// What destination and peer do.
@@ -303,8 +312,10 @@ pub fn answer(t: &mut Truth, order: Order) -> Answer {
                 t.connected = true;
                 Reply::Done
             }
-            Request::Switch { .. } => {
-                assert!(t.running && t.adopted && t.connected, "peers change over only to what is there");
+            Request::Switch { tables, .. } => {
+                assert!(t.decided && t.connected, "peers change over only to what is there");
+                assert!(t.adopted || !t.late_mr, "nobody knows the key yet");
+                assert_eq!(tables, [keys()]);
                 (t.switched, t.second) = (true, false);
                 Reply::Done
             }
@@ -323,13 +334,15 @@ pub fn answer(t: &mut Truth, order: Order) -> Answer {
         Order::Incubate { .. } => {
             assert!(!t.running, "an incubator makes objects before the process is there");
             t.born = true;
-            Answer::Incubated { qps: vec![born()], gids: Vec::new(), mrs: 0 }
+            let known = BornMr { vpid: Vpid(7), context: ObjId(1), mr: ObjId(5), prkey: PRkey(0x50) };
+            let mrs = if t.late_mr { Vec::new() } else { vec![known] };
+            Answer::Incubated { qps: vec![born()], gids: Vec::new(), mrs }
         }
         Order::Rebuild { links } => {
             assert!(t.running, "a process that does not run makes no objects");
             assert_eq!(links[0].remote.pqpn, PQpn(55), "connected to the peer's second QP");
             (t.born, t.adopted) = (true, true);
-            Answer::Rebuilt { qps: vec![born()], gids: Vec::new(), keys: vec![(Vpid(7), KeyTable::default())] }
+            Answer::Rebuilt { qps: vec![born()], gids: Vec::new(), keys: vec![(Vpid(7), keys())] }
         }
         Order::Restore { .. } => {
             t.prepared = true;
@@ -343,7 +356,7 @@ pub fn answer(t: &mut Truth, order: Order) -> Answer {
         Order::Holds => Answer::Has(t.running),
         Order::Adopt => {
             t.adopted = true;
-            Answer::Adopted { keys: vec![(Vpid(7), KeyTable::default())] }
+            Answer::Adopted { keys: vec![(Vpid(7), keys())] }
         }
         Order::Abandon => {
             assert!(!t.running, "nothing is taken back after the decision");
@@ -352,6 +365,11 @@ pub fn answer(t: &mut Truth, order: Order) -> Answer {
         }
         _ => Answer::Done,
     }
+}
+
+/// What the process' MR is called at its new place.
+fn keys() -> KeyTable {
+    KeyTable(vec![(VRkey(5), PRkey(0x50))])
 }
 
 pub fn born() -> BornQp {

@@ -92,8 +92,7 @@ impl Run<'_> {
     fn incubate(&mut self) -> Result<(), Stop> {
         match self.ask_destination(Order::Incubate { states: self.states.clone() }, OBJECTS)? {
             Answer::Incubated { qps, gids, mrs } => {
-                self.early_mrs = mrs;
-                (self.plan.born, self.plan.gids) = (qps, gids);
+                (self.plan.born, self.plan.gids, self.plan.mrs) = (qps, gids, mrs);
                 Ok(())
             }
             _ => Err(confused("the destination", "incubate")),

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use rdma_virt::id::{MigrationId, Vpid};
-use rdma_virt::msg::{Reply, Request};
+use rdma_virt::msg::{KeyTable, Reply, Request};
 use rdma_virt::saved::ProcessState;
 
 use super::attempts::Again;
@@ -197,8 +197,8 @@ pub struct Run<'a> {
     /// The round that sent most of it.
     pub(super) largest: Option<regmem::Round>,
     pub(super) late_memory: u64,
-    /// MRs the destination has registered.
-    pub(super) early_mrs: u32,
+    /// With these keys peers have changed over, before the moved processes had anything to say.
+    pub(super) changed_over: Option<Vec<(Vpid, KeyTable)>>,
     /// Bytes of the image itself.
     pub(super) bytes: u64,
     /// The image, once parts of it go while others are still written.
@@ -264,7 +264,7 @@ impl<'a> Run<'a> {
             sent_memory: 0,
             largest: None,
             late_memory: 0,
-            early_mrs: 0,
+            changed_over: None,
             bytes: 0,
             voyage: None,
             seen: None,
@@ -316,11 +316,23 @@ impl<'a> Run<'a> {
         }
         self.phase(Phase::Suspend, Self::suspend)?;
         self.phase(Phase::WaitBeforeStop, Self::drain)?;
-        self.phase(Phase::Freeze, Self::freeze)?;
-        self.phase(Phase::Dump, Self::dump)?;
-        self.phase(Phase::Converge, Self::converge)?;
-        self.phase(Phase::Transfer, Self::transfer)?;
-        self.phase(Phase::Restore, Self::restore)?;
+        let mut memory = None;
+        self.phase(Phase::Freeze, |run| {
+            run.freeze()?;
+            memory = run.find_memory()?;
+            Ok(())
+        })?;
+        // CRIU leaves registered memory out; nobody writes to it any more.
+        self.last_round_beside(memory, |run, round| {
+            run.phase(Phase::Dump, Self::dump)?;
+            round.hurry();
+            run.phase(Phase::Converge, Self::converge)?;
+            run.phase(Phase::Transfer, Self::transfer)?;
+            run.phase(Phase::Restore, |run| {
+                run.restore()?;
+                round.arrive(run)
+            })
+        })?;
         self.phase(Phase::Commit, Self::commit)?;
         self.phase(Phase::Switch, Self::switch)?;
         self.phase(Phase::Resume, Self::resume)?;
@@ -502,7 +514,7 @@ impl<'a> Run<'a> {
             memory_bytes: self.sent_memory,
             memory_bytes_in_pause: self.late_memory,
             mrs_moved: count(self.states.iter().flat_map(|s| &s.contexts).map(|c| c.mrs.len()).sum()),
-            mrs_registered_early: self.early_mrs,
+            mrs_registered_early: count(self.plan.mrs.len()),
             qps_moved: count(self.states.iter().flat_map(|s| &s.contexts).map(|c| c.qps.len()).sum()),
             hand_over: (!self.states.is_empty()).then_some(self.hand_over),
             qps_switched: count(self.plan.peer_qps().iter().map(|(_, q)| q.len()).sum()),

@@ -236,6 +236,26 @@ fn objects_are_made_by_whom_it_was_asked_and_the_summary_says_so() {
 }
 
 #[test]
+fn peers_change_over_while_the_destination_lets_the_tasks_run_unless_a_key_is_not_known_yet() {
+    let all = Fake::new(None);
+    run_by(&all, HandOver::Adopt);
+    let commit = all.steps.lock().unwrap().2.iter().position(|step| step == "dst: commit");
+    for late_mr in [false, true] {
+        // The destination has to be told twice, so there is time.
+        let fake = Fake::new(commit.map(|at| (at, Fault::Before)));
+        fake.truth.lock().unwrap().late_mr = late_mr;
+        let end = run_by(&fake, HandOver::Adopt);
+        assert!(matches!(end, End::Done(_)), "{end:?}");
+        check(&fake, &end);
+        let story = fake.steps.lock().unwrap().2.clone();
+        let switches: Vec<usize> = (0..story.len()).filter(|at| story[*at] == "peer: switch").collect();
+        let adopt = story.iter().position(|step| step == "dst: adopt").unwrap();
+        assert_eq!(switches.len(), 1, "{story:?}");
+        assert_eq!(switches[0] > adopt, late_mr, "{story:?}");
+    }
+}
+
+#[test]
 fn whichever_single_step_fails_the_container_runs_at_exactly_one_place() {
     for hand_over in [HandOver::Adopt, HandOver::Rebuild] {
         any_step_fails(hand_over);

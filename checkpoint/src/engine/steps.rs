@@ -9,7 +9,7 @@ use std::time::Duration;
 use rdma_virt::id::MigrationId;
 use rdma_virt::saved::ProcessState;
 
-use super::born::{born, gids};
+use super::born::{born, gids, mrs};
 use super::dest::{Arrival, State, failed};
 use super::host::{Held, Nursery, RestoreJob, Wire};
 use super::landing::Landing;
@@ -42,15 +42,12 @@ impl Arrival {
     }
 
     /// Registered memory, into files that the container will find.
-    pub(super) fn remember(&mut self, agent: &Agent, order: Order) -> Result<Answer, String> {
-        let memory = match &mut self.memory {
-            Some(memory) => memory,
-            none => {
-                let dir = agent.host.make_memory_files(&self.offer.container).map_err(|e| e.to_string())?;
-                none.insert(Memory::begin(dir, self.offer.image_bytes).map_err(|e| chain(&e))?)
-            }
+    pub(super) fn remember(&mut self, agent: &Agent, files: Order) -> Result<Answer, String> {
+        let begin = || {
+            let dir = agent.host.make_memory_files(&self.offer.container).map_err(|e| e.to_string())?;
+            Memory::begin(dir, self.offer.image_bytes).map_err(|e| chain(&e))
         };
-        memory.take(order).map(|()| Answer::Done).map_err(|e| chain(&e))
+        self.memory.announce(files, begin).map(|()| Answer::Done)
     }
 
     /// The container's directory is made by its runtime when it restores; the incubator needs it earlier.
@@ -78,8 +75,7 @@ impl Arrival {
         let contexts = made.iter().flat_map(|p| p.contexts.iter().map(|c| (p.vpid, c.id, &c.sgid_index[..])));
         let gids = gids(contexts, &states);
         self.states = states;
-        let mrs = made.iter().flat_map(|p| &p.contexts).map(|c| c.mrs.len()).sum::<usize>();
-        Ok(Answer::Incubated { qps, gids, mrs: u32::try_from(mrs).unwrap_or(u32::MAX) })
+        Ok(Answer::Incubated { qps, gids, mrs: mrs(&made) })
     }
 
     pub(super) fn receive(
@@ -208,6 +204,7 @@ impl Arrival {
         mut wire: Option<Box<dyn Wire>>,
     ) -> (State, Result<Answer, Refusal>) {
         let container = self.offer.container.clone();
+        self.memory.close();
         let mut run = || -> Result<(), String> {
             if let Some(wire) = &mut wire {
                 wire.up().map_err(|e| format!("the container's network: {e}"))?;
@@ -233,23 +230,16 @@ impl Arrival {
         &mut self,
         agent: &Agent,
         id: MigrationId,
-        mut nursery: Option<Box<dyn Nursery>>,
+        nursery: Option<Box<dyn Nursery>>,
         store: Store,
         held: Box<dyn Held>,
     ) -> (State, Result<Answer, Refusal>) {
         let container = self.offer.container.clone();
         let there = alive(agent, &container, held.init(), self.adopted.clone(), |a| a.vpid);
-        let keys = adopt(agent, id, &container, there).and_then(|keys| {
-            self.write_down(&store, held.init(), |note| note.with_keys(&keys))?;
-            Ok(keys)
-        });
-        match keys {
+        // An agent that has to answer this again asks the shims again: they answer the same.
+        match adopt(agent, id, &container, there) {
             Ok(keys) => {
-                if let Some(nursery) = nursery.take()
-                    && let Err(e) = nursery.release()
-                {
-                    eprintln!("container {container}: the incubator's end: {e}");
-                }
+                // The incubator ends with the migration: that takes time, and everybody waits for this answer.
                 let answer = Answer::Adopted { keys: keys.clone() };
                 (State::Running { nursery, store, held, keys: Some(keys) }, Ok(answer))
             }
@@ -259,8 +249,8 @@ impl Arrival {
 
     pub(super) fn finish(&mut self, agent: &Agent, id: MigrationId, nursery: Option<Box<dyn Nursery>>, store: Store) {
         let container = &self.offer.container;
-        if let Some(nursery) = nursery {
-            let _ = nursery.release();
+        if let Some(Err(e)) = nursery.map(|nursery| nursery.release()) {
+            eprintln!("container {container}: the incubator's end: {e}");
         }
         let _ = fs::remove_file(agent.doors.of(container).join(INCUBATOR));
         unmark(agent, container);
@@ -304,7 +294,7 @@ impl Arrival {
             unmark(agent, container);
         }
         let nobody = agent.host.container(container).is_err();
-        if self.memory.take().is_some() && nobody {
+        if self.memory.close() && nobody {
             agent.host.drop_memory_files(container);
         }
         if std::mem::take(&mut self.shown) && nobody {

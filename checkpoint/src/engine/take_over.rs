@@ -11,6 +11,7 @@
 //! them. A source that comes back is told, and ends whatever of the container it has ([`super::superseded`]).
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,10 +27,10 @@ use super::take_back::{RecoverRequest, Slot};
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::{Agent, LOCAL, chain, lock};
 use crate::net::msg::{Order, Refusal};
-use crate::record::{Kind, Record, State as Recorded, read_json};
+use crate::record::{Kind, Record, State as Recorded};
 
 /// Name of what the source would have done next, in an image's directory.
-const ONWARD: &str = "onward.json";
+const ONWARD: &str = "onward.bin";
 
 /// Why whoever works on it stops.
 const STOPS: &str = "an administrator has the destination take the container over";
@@ -126,12 +127,13 @@ fn onward(arrival: &Arrival) -> Result<Forward, String> {
             arrival.state.name()
         ));
     };
-    match read_json(&store.dir().join(ONWARD)) {
-        Ok(Some(forward)) => Ok(forward),
-        Ok(None) => {
-            Err(format!("{} is missing: {} did not send it", store.dir().join(ONWARD).display(), arrival.source))
+    let path = store.dir().join(ONWARD);
+    match fs::read(&path) {
+        Ok(bytes) => Forward::from_bytes(&bytes).map_err(|why| format!("{}: {why}", path.display())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            Err(format!("{} is missing: {} did not send it", path.display(), arrival.source))
         }
-        Err(e) => Err(chain(&e)),
+        Err(e) => Err(format!("cannot read {}: {e}", path.display())),
     }
 }
 

@@ -11,7 +11,6 @@ use crate::image::HandOver;
 use crate::net::msg::{Answer, Fate, Lease};
 use rdma_virt::id::Vpid;
 use std::net::SocketAddr;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const ID: MigrationId = MigrationId([9; 16]);
@@ -49,12 +48,11 @@ fn forward() -> Forward {
 fn arrived(dir: &Path, forward: &Forward) -> (Arc<Agent>, Entry, Arc<AtomicBool>) {
     let agent = idle_agent(dir);
     let store = Store::make(Store::place(&agent.config.state_dir, ID), 0).unwrap();
-    keep(store.dir(), &serde_json::to_vec(forward).unwrap()).unwrap();
+    keep(store.dir(), &forward.to_bytes().unwrap()).unwrap();
     let runs: Arc<AtomicBool> = Arc::default();
     let mut arrival = Arrival::new(SOURCE.into(), offer("c"));
     arrival.state = State::Prepared { nursery: None, store, held: Box::new(Waits(runs.clone())), wire: None };
-    let arrival = Arc::new(Mutex::new(arrival));
-    let entry = Entry { container: "c".into(), source: SOURCE.into(), arrival };
+    let entry = Entry::new(arrival);
     lock(&agent.desk.0).insert(ID, entry.clone());
     (agent, entry, runs)
 }
@@ -88,6 +86,18 @@ fn only_what_has_arrived_as_a_whole_can_be_taken_over() {
     assert_eq!(onward(&lock(&entry.arrival)), Ok(forward()));
     std::fs::remove_file(Store::place(&agent.config.state_dir, ID).join(ONWARD)).unwrap();
     assert!(onward(&lock(&entry.arrival)).unwrap_err().contains(ONWARD));
+    let dir_of_it = Store::place(&agent.config.state_dir, ID);
+    let bytes = forward().to_bytes().unwrap();
+    for (bytes, word) in [
+        (&bytes[..bytes.len() - 1], "cannot be read"),
+        (&[bytes.as_slice(), &[0]].concat(), "1 bytes follow"),
+        (&[&[1], &bytes[1..]].concat(), "version 1"),
+        (&[], "cannot be read"),
+    ] {
+        std::fs::write(dir_of_it.join(ONWARD), bytes).unwrap();
+        let why = onward(&lock(&entry.arrival)).unwrap_err();
+        assert!(why.contains(word) && why.contains(ONWARD), "{why}");
+    }
     let gathering = Arrival::new(SOURCE.into(), offer("c"));
     assert!(onward(&gathering).unwrap_err().contains("gone with it"));
     keep(dir.path(), &[]).unwrap();

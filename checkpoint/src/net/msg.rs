@@ -21,7 +21,7 @@ use crate::image::{HandOver, Secret};
 use crate::likeness::Likeness;
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 10;
+pub const VERSION: u16 = 11;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -239,11 +239,11 @@ pub enum Answer {
     Offered {
         problems: Vec<String>,
     },
-    /// With the number of MRs that are registered already.
+    /// With the MRs that are registered already.
     Incubated {
         qps: Vec<BornQp>,
         gids: Vec<BornGid>,
-        mrs: u32,
+        mrs: Vec<BornMr>,
     },
     Adopted {
         keys: Vec<(Vpid, KeyTable)>,
@@ -357,6 +357,15 @@ pub struct BornQp {
     pub pqpn: PQpn,
     /// Where the far end has to send to.
     pub pgid: PGid,
+}
+
+/// An MR that a destination registered before its process exists, and its remote key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BornMr {
+    pub vpid: Vpid,
+    pub context: ObjId,
+    pub mr: ObjId,
+    pub prkey: PRkey,
 }
 
 /// What a GID of a moved process' table is at its new place. The destination knows it for every entry, also for those
