@@ -90,8 +90,6 @@ struct Line<'a> {
     cancel: &'a Cancel,
     /// Who is told how far it is, and in which phase; nobody, where other things go on.
     progress: Option<(&'a dyn Progress, Phase)>,
-    /// For one piece.
-    patience: Duration,
 }
 
 /// Files as they were found.
@@ -141,9 +139,7 @@ impl<'a> Run<'a> {
         phases: impl FnOnce(&mut Self, &LastRound) -> Result<(), Stop>,
     ) -> Result<(), Stop> {
         let Some(found) = found else { return phases(self, &LastRound::none()) };
-        let restore = Duration::from_secs(self.world.config().deadlines.restore);
-        // A piece may have to wait until the destination has restored.
-        let line = Line { patience: PATIENCE + restore, ..self.memory_line() };
+        let line = self.memory_line();
         let mut known = std::mem::take(&mut self.known);
         let (told, over) = sync_channel(1);
         let last = LastRound { over: Some(Mutex::new(over)), pace: Pace::default() };
@@ -171,7 +167,7 @@ impl<'a> Run<'a> {
 
     fn memory_line(&self) -> Line<'a> {
         let (world, cancel, to) = (self.world, self.cancel, self.to.clone());
-        Line { world, id: self.id, to, cancel, progress: None, patience: PATIENCE }
+        Line { world, id: self.id, to, cancel, progress: None }
     }
 
     /// Rounds while they pay.
@@ -243,7 +239,7 @@ impl Line<'_> {
         if let Some(why) = self.cancel.given_up().or_else(|| self.cancel.why()) {
             return Err(Stop::Failed(why));
         }
-        match self.world.call(&self.to, self.id, order, self.patience)? {
+        match self.world.call(&self.to, self.id, order, PATIENCE)? {
             Answer::Done => Ok(()),
             _ => Err(confused("the destination", "memory")),
         }

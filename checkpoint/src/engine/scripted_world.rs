@@ -9,9 +9,10 @@ use crate::agent::procs::Process;
 use crate::agent::under_way::UnderWay;
 use crate::engine::fixture::{DST, mr, process, qp};
 use crate::engine::host::{DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob};
+use crate::engine::pages::PAGE;
 use crate::engine::world::OwnShim;
 use crate::likeness::Likeness;
-use crate::net::msg::{BornMr, BornQp, End as FarShim, FarEnd, MovedProcess};
+use crate::net::msg::{BornMr, BornQp, End as FarShim, FarEnd, MemoryPages, MovedProcess};
 use crate::record::Records;
 use rdma_virt::id::{ObjId, PGid, PQpn, PRkey, VQpn, VRkey};
 use rdma_virt::msg::{Count, KeyTable};
@@ -50,6 +51,10 @@ pub struct Truth {
     pub late_mr: bool,
     pub there_resumed: bool,
     pub forgotten: bool,
+    /// The directory of its registered memory; a page of each file changes when the process is about to be frozen.
+    pub memory: Option<PathBuf>,
+    /// What the destination has of it, by file.
+    pub copy: BTreeMap<String, Vec<u8>>,
     /// Somebody has connected to an unconnected QP; seen once.
     pub half_open: bool,
     /// The destination says nothing any more.
@@ -327,6 +332,22 @@ pub fn answer(t: &mut Truth, order: Order) -> Answer {
             }
             _ => Reply::Done,
         }),
+        Order::Memory { files } => {
+            t.copy = files.into_iter().map(|f| (f.name, vec![0; f.len as usize])).collect();
+            Answer::Done
+        }
+        Order::Pages(list) => {
+            assert!(!t.decided, "the destination has all memory before it is decided");
+            for MemoryPages { file, first, runs, bytes, .. } in list {
+                let (copy, mut bytes) = (t.copy.get_mut(&file).expect("announced"), &bytes[..]);
+                for (at, count) in runs {
+                    let (at, len) = ((first as usize + at as usize) * PAGE, count as usize * PAGE);
+                    copy[at..at + len].copy_from_slice(&bytes[..len]);
+                    bytes = &bytes[len..];
+                }
+            }
+            Answer::Done
+        }
         Order::Offer { .. } => {
             t.offered = true;
             Answer::Offered { problems: Vec::new() }
@@ -400,7 +421,14 @@ impl Host for Script {
         Ok(Container { id: id.into(), init: 1, cgroup, bundle, paused: false })
     }
     fn freeze(&self, _: &Container) -> crate::engine::host::Result<()> {
-        self.step("freeze", |t| t.frozen = true).map_err(HostError)
+        self.step("freeze", |t| {
+            for file in t.memory.iter().flat_map(|dir| std::fs::read_dir(dir).unwrap()) {
+                let file = std::fs::OpenOptions::new().write(true).open(file.unwrap().path()).unwrap();
+                std::os::unix::fs::FileExt::write_all_at(&file, &[9; PAGE], 3 * PAGE as u64).unwrap();
+            }
+            t.frozen = true;
+        })
+        .map_err(HostError)
     }
     fn thaw(&self, _: &Container) -> crate::engine::host::Result<()> {
         self.truth.lock().unwrap().frozen = false;
@@ -441,7 +469,7 @@ impl Host for Script {
         Vec::new()
     }
     fn memory_files(&self, _: &str) -> Option<PathBuf> {
-        None
+        self.truth.lock().unwrap().memory.clone()
     }
     fn make_memory_files(&self, _: &str) -> crate::engine::host::Result<PathBuf> {
         Err(HostError("not here".into()))

@@ -256,6 +256,27 @@ fn peers_change_over_while_the_destination_lets_the_tasks_run_unless_a_key_is_no
 }
 
 #[test]
+fn what_changes_in_registered_memory_at_last_is_there_before_the_decision() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |n: u8| dir.path().join(format!("7.{n}"));
+    for n in 1..3 {
+        fs::write(file(n), vec![n; 8 * 4096]).unwrap();
+    }
+    let fake = Fake::new(None);
+    fake.truth.lock().unwrap().memory = Some(dir.path().to_owned());
+    let end = run_by(&fake, HandOver::Adopt);
+    check(&fake, &end);
+    let End::Done(summary) = end else { panic!("{end:?}") };
+    assert_eq!(summary.memory_bytes_in_pause, 2 * 4096, "what was known is not sent again");
+    let t = fake.truth.lock().unwrap();
+    for n in 1..3 {
+        let now = fs::read(file(n)).unwrap();
+        assert_eq!(now[3 * 4096], 9);
+        assert!(t.copy[&format!("7.{n}")] == now, "file {n}");
+    }
+}
+
+#[test]
 fn whichever_single_step_fails_the_container_runs_at_exactly_one_place() {
     for hand_over in [HandOver::Adopt, HandOver::Rebuild] {
         any_step_fails(hand_over);
