@@ -263,6 +263,12 @@ fn write_out(path: &Path, bytes: &[u8], mode: u32, flush: impl FnOnce(&File) -> 
 
 /// `None` if there is no such file.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, RecordError> {
+    let Some(text) = read_bytes(path)? else { return Ok(None) };
+    serde_json::from_slice(&text).map(Some).map_err(|source| RecordError::Form { path: path.into(), source })
+}
+
+/// The content of a file that is no longer than any this program writes; `None` if there is no such file.
+pub fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>, RecordError> {
     let wrap = |source| RecordError::Read { path: path.into(), source };
     let file = match File::open(path) {
         Ok(file) => file,
@@ -274,7 +280,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, RecordEr
     if text.len() as u64 > MAX_FILE {
         return Err(RecordError::TooLong(path.into()));
     }
-    serde_json::from_slice(&text).map(Some).map_err(|source| RecordError::Form { path: path.into(), source })
+    Ok(Some(text))
 }
 
 #[cfg(test)]

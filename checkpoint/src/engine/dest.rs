@@ -197,7 +197,12 @@ pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Ord
         };
     };
     if matches!(order, Order::Pages(_)) {
-        return entry.memory.pages(order).map(|()| Answer::Done).map_err(failed);
+        let answer = entry.memory.pages(order).map(|()| Answer::Done).map_err(failed);
+        // Whoever has the arrival now is at work for the same source, and notes that it was heard, too.
+        if let Ok(mut arrival) = entry.arrival.try_lock() {
+            (arrival.heard, arrival.silent) = (Instant::now(), false);
+        }
+        return answer;
     }
     let mut arrival = lock(&entry.arrival);
     let decides =

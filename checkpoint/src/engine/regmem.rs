@@ -82,7 +82,6 @@ struct Job<'a> {
 }
 
 /// What a round needs of its migration.
-#[derive(Clone)]
 struct Line<'a> {
     world: &'a dyn World,
     id: MigrationId,

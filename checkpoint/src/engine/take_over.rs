@@ -11,7 +11,6 @@
 //! them. A source that comes back is told, and ends whatever of the container it has ([`super::superseded`]).
 
 use std::fs;
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,7 +26,7 @@ use super::take_back::{RecoverRequest, Slot};
 use super::{Cancel, MigrateRequest, Progress};
 use crate::agent::{Agent, LOCAL, chain, lock};
 use crate::net::msg::{Order, Refusal};
-use crate::record::{Kind, Record, State as Recorded};
+use crate::record::{Kind, Record, State as Recorded, read_bytes};
 
 /// Name of what the source would have done next, in an image's directory.
 const ONWARD: &str = "onward.bin";
@@ -128,12 +127,10 @@ fn onward(arrival: &Arrival) -> Result<Forward, String> {
         ));
     };
     let path = store.dir().join(ONWARD);
-    match fs::read(&path) {
-        Ok(bytes) => Forward::from_bytes(&bytes).map_err(|why| format!("{}: {why}", path.display())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            Err(format!("{} is missing: {} did not send it", path.display(), arrival.source))
-        }
-        Err(e) => Err(format!("cannot read {}: {e}", path.display())),
+    match read_bytes(&path) {
+        Ok(Some(bytes)) => Forward::from_bytes(&bytes).map_err(|why| format!("{}: {why}", path.display())),
+        Ok(None) => Err(format!("{} is missing: {} did not send it", path.display(), arrival.source)),
+        Err(e) => Err(chain(&e)),
     }
 }
 
