@@ -100,10 +100,12 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
 
 /// The one that took middling long, with the most of what was counted in any.
 fn middle(mut seen: Vec<Seen>) -> Option<Seen> {
+    let gaps_ms = seen.iter().map(|s| s.gap_ms).collect();
     let made = seen.iter().max_by_key(|s| s.counts.made_in_pause())?.counts.driver_calls_in_pause.clone();
     seen.sort_by(|a, b| a.gap_ms.total_cmp(&b.gap_ms));
     let mut one = seen.swap_remove((seen.len() - 1) / 2);
     one.counts.driver_calls_in_pause = made;
+    one.gaps_ms = gaps_ms;
     Some(one)
 }
 
@@ -407,7 +409,7 @@ mod tests {
 
     #[test]
     fn amounts_are_dealt_out_to_the_peers() {
-        let item = Item { round: 0, variant: Variant::B, cell: Cell { qps: 8, registered: 16, peers: 4 } };
+        let item = Item { round: 0, variant: Variant::B, cell: Cell { qps: 8, registered: 16, peers: 4 }, nth: 0 };
         let line = moved_command(&item, &load(400)).join(" ");
         assert!(
             line.contains("--qps 2 ") && line.contains("--registered 4 ") && line.contains("--rate 100 "),
@@ -433,6 +435,7 @@ mod tests {
         };
         let one = middle(vec![seen(30.0, 0), seen(10.0, 7), seen(20.0, 1)]).unwrap();
         assert_eq!((one.gap_ms, one.counts.made_in_pause()), (20.0, Some(7)));
+        assert_eq!(one.gaps_ms, [30.0, 10.0, 20.0]);
         assert_eq!(middle(vec![seen(2.0, 0), seen(1.0, 0)]).unwrap().gap_ms, 1.0);
         assert_eq!(middle(Vec::new()), None);
     }

@@ -41,8 +41,8 @@ Variants, all with the same program, memory, threads and TCP connection:
   c  RDMA, moved by `migrrdma migrate --no-pre-setup`
   d  no RDMA in use, moved by `runc checkpoint`, a copy, `runc restore`
 
-Each round makes every measurement once, in an order of its own; comparisons are made within rounds. A measurement
-takes about a minute. The run can be interrupted at any time: what is finished lies in
+Each round makes every measurement once, in an order of its own, and (a) before and after everything that is compared
+with it; comparisons are made within rounds. A measurement takes about a minute. The run can be interrupted at any time: what is finished lies in
 target/bench/blackout/samples.jsonl and is used by the next run of the same build, also with more repeats, other
 amounts or other variants. An interval of a median needs 6 rounds.
 

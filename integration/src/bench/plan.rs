@@ -1,7 +1,8 @@
 //! What is measured in which order. Pure: it knows neither the lab nor what was measured already.
 //!
 //! A round holds every wanted measurement once, in an order of its own, so that a lab that gets slower or faster with
-//! time does so for all of them alike; what is compared is compared within a round.
+//! time does so for all of them alike; what is compared is compared within a round. The baseline is measured more often:
+//! before and after every cell that is compared with it, since the lab changes its pace within minutes.
 
 use super::statistics::Random;
 use anyhow::{Result, bail, ensure};
@@ -105,6 +106,9 @@ pub struct Item {
     /// With how much.
     #[serde(flatten)]
     pub cell: Cell,
+    /// Which of several alike in the round; only of variant a are there several.
+    #[serde(default)]
+    pub nth: u16,
 }
 
 /// What is wanted.
@@ -160,12 +164,32 @@ impl Matrix {
 
     /// The measurements of one round in the order they are made.
     pub fn round(&self, round: u32) -> Vec<Item> {
-        let mut all = Vec::new();
-        for cell in self.cells() {
-            let fitting = self.variants.iter().filter(|v| v.rdma() == (cell.qps > 0));
-            all.extend(fitting.map(|&variant| Item { round, variant, cell }));
+        let mut random = Random::new(u64::from(round));
+        let mut baselines: Vec<Cell> = self.cells().into_iter().filter(|c| c.qps == 0).collect();
+        random.shuffle(&mut baselines);
+        baselines.into_iter().flat_map(|b| self.beside(round, b, &mut random)).collect()
+    }
+
+    /// A baseline and what is compared with it.
+    fn beside(&self, round: u32, baseline: Cell, random: &mut Random) -> Vec<Item> {
+        let wanted = |v: &Variant| self.variants.contains(v);
+        let mut blocks: Vec<Vec<Item>> = Vec::new();
+        for cell in self.cells().into_iter().filter(|c| c.qps > 0 && c.baseline() == baseline) {
+            let rdma = self.variants.iter().filter(|v| v.rdma());
+            let mut block: Vec<_> = rdma.map(|&variant| Item { round, variant, cell, nth: 0 }).collect();
+            random.shuffle(&mut block);
+            blocks.extend((!block.is_empty()).then_some(block));
         }
-        Random::new(u64::from(round)).shuffle(&mut all);
+        random.shuffle(&mut blocks);
+        let before = |nth| wanted(&Variant::A).then_some(Item { round, variant: Variant::A, cell: baseline, nth });
+        let mut all: Vec<Item> = before(0).into_iter().collect();
+        for (block, nth) in blocks.into_iter().zip(1..) {
+            all.extend(block.into_iter().chain(before(nth)));
+        }
+        if wanted(&Variant::D) {
+            let at = random.below(all.len() + 1);
+            all.insert(at, Item { round, variant: Variant::D, cell: baseline, nth: 0 });
+        }
         all
     }
 
@@ -193,17 +217,37 @@ mod tests {
     fn every_round_holds_everything_once_and_rounds_differ_in_order() {
         let m = matrix();
         let sorted = |r| {
-            let mut items: Vec<_> = m.round(r).iter().map(|i| (i.variant, i.cell)).collect();
+            let mut items: Vec<_> = m.round(r).iter().map(|i| (i.variant, i.cell, i.nth)).collect();
             items.sort();
             items
         };
         assert_eq!(sorted(0), sorted(1));
-        // 2 × (a, d), 3 × (b, c) with one peer, 2 × (b, c) with two: one QP has no second peer.
-        assert_eq!(sorted(0).len(), 4 + 6 + 4);
+        // 3 × (b, c), 4 × a and d with one peer; 2 × (b, c), 3 × a and d with two: one QP has no second peer.
+        assert_eq!(sorted(0).len(), 11 + 8);
+        let alone: std::collections::BTreeSet<_> = sorted(0).into_iter().collect();
+        assert_eq!(alone.len(), sorted(0).len());
         let order = |r| m.round(r).iter().map(|i| (i.variant, i.cell)).collect::<Vec<_>>();
         assert_ne!(order(0), order(1));
         assert_eq!(order(1), order(1));
-        assert_eq!(m.items().len(), 3 * 14);
+        assert_eq!(m.items().len(), 3 * 19);
+    }
+
+    #[test]
+    fn whatever_is_compared_with_a_baseline_has_one_before_and_one_after_it() {
+        let m = Matrix { variants: Variant::from_letters("ab").unwrap(), ..matrix() };
+        for round in 0..3 {
+            let items = m.round(round);
+            assert_eq!(items.len(), 7 + 5);
+            for (at, item) in items.iter().enumerate().filter(|(_, i)| i.variant == Variant::B) {
+                for beside in [&items[at - 1], &items[at + 1]] {
+                    assert_eq!((beside.variant, beside.cell), (Variant::A, item.cell.baseline()));
+                }
+            }
+        }
+        let without = Matrix { variants: vec![Variant::B], ..matrix() };
+        assert_eq!(without.round(0).len(), 5);
+        let alone = Matrix { variants: vec![Variant::A], ..matrix() };
+        assert_eq!(alone.round(0).len(), 2, "with nothing to compare, one of each amount");
     }
 
     #[test]

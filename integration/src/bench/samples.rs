@@ -73,6 +73,9 @@ pub struct Seen {
     /// Longest time between two stamps of the container's stamp thread, milliseconds, offset of the hosts' clocks
     /// taken out.
     pub gap_ms: f64,
+    /// The same of every move, in order; the middle one counts.
+    #[serde(default)]
+    pub gaps_ms: Vec<f64>,
     /// Largest error of that by the clocks, milliseconds.
     pub clock_error_ms: f64,
     /// How far the destination's clock was ahead, milliseconds.
@@ -191,7 +194,7 @@ mod tests {
     use super::*;
 
     fn item(round: u32) -> Item {
-        Item { round, variant: Variant::B, cell: Cell { qps: 8, registered: 16, peers: 1 } }
+        Item { round, variant: Variant::B, cell: Cell { qps: 8, registered: 16, peers: 1 }, nth: 0 }
     }
 
     /// A directory of its own that is removed again.

@@ -163,7 +163,7 @@ pub fn figures(report: &Report) -> Grid {
 pub fn legend(report: &Report) -> Vec<String> {
     let error = report.rows.iter().map(|r| r.clock_error_ms).fold(0.0, f64::max);
     vec![
-        "Median [bootstrap 95 % interval] over rounds; against (a): in pairs within a round. A time whose interval is \
+        "Median [bootstrap 95 % interval] over rounds; against (a): with the mean of the (a) measured before and after it. A time whose interval is \
          wider than ± 5 %, or that has fewer than 6 rounds, is marked as not resolved."
             .into(),
         format!(
