@@ -272,6 +272,18 @@ impl Agent {
         order: Order,
         deadline: Duration,
     ) -> Result<Answer, CallError> {
+        self.call_and_meanwhile(at, migration, order, deadline, &mut || ())
+    }
+
+    /// As [`Agent::call`]; `sent` is run when the order is on its way to another agent.
+    pub fn call_and_meanwhile(
+        &self,
+        at: &str,
+        migration: Option<MigrationId>,
+        order: Order,
+        deadline: Duration,
+        sent: &mut dyn FnMut(),
+    ) -> Result<Answer, CallError> {
         if at == LOCAL {
             let name = order.name();
             return self.obey(None, migration, order).map_err(|refusal| CallError::Refused {
@@ -281,7 +293,7 @@ impl Agent {
             });
         }
         let _wait = self.under_way.wait_for_agent(migration, at, &order, deadline);
-        self.client.call(at, migration, order, deadline)
+        self.client.call_and_meanwhile(at, migration, order, deadline, sent)
     }
 
     /// Does what another agent (`from`) or this one asks.

@@ -253,14 +253,15 @@ impl World for ByHand<'_> {
     fn destination(&self, to: &str) -> std::result::Result<String, String> {
         World::destination(self.agent, to)
     }
-    fn call(
+    fn call_and_meanwhile(
         &self,
         at: &str,
         migration: MigrationId,
         order: Order,
         deadline: Duration,
+        sent: &mut dyn FnMut(),
     ) -> std::result::Result<Answer, CallError> {
-        self.agent.call(at, Some(migration), order, deadline)
+        self.agent.call_and_meanwhile(at, Some(migration), order, deadline, sent)
     }
     fn agent_of(&self, gid: PGid) -> String {
         self.agent.agent_of(gid)

@@ -122,25 +122,32 @@ impl Run<'_> {
             None => self.decide(&self.decision())?,
         }
 
-        // Our tasks stand still in their cgroup and end there; nobody else need wait for that.
-        let dump = self.effects.dump.take();
-        let accept = move || dump.map_or(Ok(()), super::handover::Dump::accept);
-        self.effects.ending = thread::Builder::new().name("end".into()).spawn(accept).ok();
-        if self.effects.ending.is_none() {
-            // Without its thread CRIU was refused, and let go of tasks that only their cgroup holds.
-            self.kill_what_is_left();
-        }
         // Where every MR has its keys already, peers need not wait for the shims of the moved processes.
         let early = match self.hand_over {
             HandOver::Adopt if !self.states.is_empty() => self.plan.keys(&self.states),
             _ => None,
         };
-        let (told, released) = thread::scope(|scope| {
-            if let Some(keys) = &early {
-                scope.spawn(|| self.change_over(keys));
-            }
-            (self.tell_destination(), Instant::now())
+        let dump = self.effects.dump.take();
+        let accept = move || dump.map_or(Ok(()), super::handover::Dump::accept);
+        // The container stands still until the destination hears of it: everything else begins behind that.
+        let (told, released, ending) = thread::scope(|scope| {
+            let mut behind = Some(|| {
+                if let Some(keys) = &early {
+                    scope.spawn(|| self.change_over(keys));
+                }
+                // Our tasks stand still in their cgroup and end there; nobody need wait for that.
+                thread::Builder::new().name("end".into()).spawn(accept).ok()
+            });
+            let mut ending = None;
+            let mut begin = || ending = behind.take().map_or(ending.take(), |behind| behind());
+            let told = self.tell_destination(&mut begin);
+            (told, Instant::now(), ending)
         });
+        self.effects.ending = ending;
+        if self.effects.ending.is_none() {
+            // Without its thread CRIU was refused, and let go of tasks that only their cgroup holds.
+            self.kill_what_is_left();
+        }
         self.changed_over = early;
         told?;
         self.timeline.released(released);
@@ -188,9 +195,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    pub(super) fn tell_destination(&self) -> Result<(), Stop> {
+    /// `begin` is run once or more often: when the order is on its way, and when it could not be sent.
+    pub(super) fn tell_destination(&self, begin: &mut dyn FnMut()) -> Result<(), Stop> {
         Self::again(self, "letting the tasks run on the destination", |run| {
-            run.ask_destination(Order::Commit, run.answer_time() * 2).map(drop)
+            let deadline = run.answer_time() * 2;
+            let told = run.world.call_and_meanwhile(&run.to, run.id, Order::Commit, deadline, begin);
+            begin();
+            told.map(drop).map_err(Stop::from)
         })
     }
 

@@ -180,7 +180,14 @@ impl World for Fake {
         Ok(Lease { first: 1 << 20, count: 1 })
     }
 
-    fn call(&self, at: &str, id: MigrationId, order: Order, _: Duration) -> Result<Answer, CallError> {
+    fn call_and_meanwhile(
+        &self,
+        at: &str,
+        id: MigrationId,
+        order: Order,
+        _: Duration,
+        sent: &mut dyn FnMut(),
+    ) -> Result<Answer, CallError> {
         assert_eq!(id, ID);
         let name = order.name();
         let refused = |why: String| {
@@ -200,6 +207,7 @@ impl World for Fake {
             }
             Some(answer(t, order))
         });
+        sent();
         let ended = || CallError::Refused { at: at.to_owned(), order: name, refusal: Refusal::Absent("ended".into()) };
         answered.map_err(refused)?.ok_or_else(ended)
     }

@@ -18,7 +18,7 @@ use crate::phase::Phase;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A file that grows is worth a piece when it has so much more, bytes.
-const GROWN: u64 = 1 << 20;
+const GROWN: u64 = 256 << 10;
 
 /// CRIU's link to the round before; the destination makes its own.
 const PARENT: &str = "parent";

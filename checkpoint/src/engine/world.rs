@@ -35,7 +35,18 @@ pub trait World: Sync {
     fn config(&self) -> &Config;
     /// A destination's address in its one form; an error in a sentence if it is none, or this very host.
     fn destination(&self, to: &str) -> Result<String, String>;
-    fn call(&self, at: &str, migration: MigrationId, order: Order, deadline: Duration) -> Result<Answer, CallError>;
+    fn call(&self, at: &str, migration: MigrationId, order: Order, deadline: Duration) -> Result<Answer, CallError> {
+        self.call_and_meanwhile(at, migration, order, deadline, &mut || ())
+    }
+    /// As [`World::call`]; `sent` is run when the order is on its way, and not at all if it never is.
+    fn call_and_meanwhile(
+        &self,
+        at: &str,
+        migration: MigrationId,
+        order: Order,
+        deadline: Duration,
+        sent: &mut dyn FnMut(),
+    ) -> Result<Answer, CallError>;
     fn agent_of(&self, gid: PGid) -> String;
     fn shims(&self, container: &str) -> Vec<OwnShim>;
     /// Shims that were there before this agent may not have come back to it yet.
@@ -98,8 +109,15 @@ impl World for Agent {
         Ok(at)
     }
 
-    fn call(&self, at: &str, migration: MigrationId, order: Order, deadline: Duration) -> Result<Answer, CallError> {
-        Agent::call(self, at, Some(migration), order, deadline)
+    fn call_and_meanwhile(
+        &self,
+        at: &str,
+        migration: MigrationId,
+        order: Order,
+        deadline: Duration,
+        sent: &mut dyn FnMut(),
+    ) -> Result<Answer, CallError> {
+        Agent::call_and_meanwhile(self, at, Some(migration), order, deadline, sent)
     }
 
     fn agent_of(&self, gid: PGid) -> String {

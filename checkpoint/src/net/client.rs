@@ -135,6 +135,18 @@ impl Client {
         order: Order,
         deadline: Duration,
     ) -> Result<Answer, CallError> {
+        self.call_and_meanwhile(at, migration, order, deadline, &mut || ())
+    }
+
+    /// As [`Client::call`]; `sent` is run when the order is on its way.
+    pub fn call_and_meanwhile(
+        &self,
+        at: &str,
+        migration: Option<MigrationId>,
+        order: Order,
+        deadline: Duration,
+        sent: &mut dyn FnMut(),
+    ) -> Result<Answer, CallError> {
         let until = Instant::now() + deadline;
         let at = self.normalise(at)?;
         let name = order.name();
@@ -150,6 +162,7 @@ impl Client {
         conn.stream.sock.until = Some(until);
         let call = Call { migration, seq: conn.seq, order };
         AGENT.write(&mut conn.stream, &call).map_err(talk)?;
+        sent();
         let back = loop {
             conn.stream.sock.until = Some(until.min(Instant::now() + self.silence));
             match AGENT.read(&mut conn.stream) {

@@ -63,7 +63,7 @@ pub fn answer(node: &Node) -> Result<Running> {
 pub fn ask(node: &Node, whom: &Node) -> Result<Reading> {
     let to = format!("{}:{PORT}", whom.spec.rdma_ip());
     let text = node
-        .check(&[TOOL, "clock", "--ask", &to, "--rounds", "100"])
+        .check(&[TOOL, "clock", "--ask", &to, "--rounds", "40"])
         .with_context(|| format!("clock of {}", whom.name()))?;
     parse(&text).with_context(|| format!("clock of {}: {text:?}", whom.name()))
 }

@@ -86,6 +86,7 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
     stage.run(MOVED, MOVED_HOST, &["src", "dst"], &strs(&moved_command(item, load)))?;
     stage.wait_log(MOVED, "connection", |t| running(t) >= usize::from(item.cell.peers))?;
     stage.flow(MOVED, if item.variant.rdma() { 200 } else { 1 })?;
+    let mappings = counts::mappings(&stage.ctx.src.clone(), MOVED)?;
     let mut moves = Vec::new();
     for (from, to) in [("src", "dst"), ("dst", "src")].into_iter().cycle().take(load.moves.into()) {
         moves.push(move_once(stage, item, load, counting, from, to).with_context(|| format!("{from} → {to}"))?);
@@ -94,7 +95,8 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
     let result = stage.verdict(MOVED)?;
     stage.verdict(OTHER)?;
     let text = if item.variant.rdma() { Some(stage.log(OTHER)?) } else { None };
-    let seen = moves.into_iter().map(|m| m.seen(&result, text.as_deref())).collect::<Result<Vec<_>>>()?;
+    let mut seen = moves.into_iter().map(|m| m.seen(&result, text.as_deref())).collect::<Result<Vec<_>>>()?;
+    seen.iter_mut().for_each(|s| s.counts.mappings = Some(mappings));
     middle(seen).context("nothing was moved")
 }
 
@@ -123,7 +125,6 @@ fn move_once(stage: &mut Stage, item: &Item, load: &Load, counting: bool, from: 
     let rdma = item.variant.rdma();
     thread::sleep(Duration::from_secs_f64(BEFORE + 0.5));
     let (here, there, peer) = (stage.ctx.node(from)?.clone(), stage.ctx.node(to)?.clone(), stage.ctx.peer.clone());
-    let mappings = counts::mappings(&here, MOVED)?;
     if counting {
         stage.ctx.nodes().into_iter().try_for_each(counts::forget)?;
     }
@@ -141,7 +142,7 @@ fn move_once(stage: &mut Stage, item: &Item, load: &Load, counting: bool, from: 
 
     let moments = Moments::of(&summary).with_context(|| format!("phases of {summary}"))?;
     let mut counts = Counts {
-        mappings: Some(mappings),
+        mappings: None,
         transferred_bytes: summary["image_bytes"].as_u64(),
         pre_copied_bytes: summary["pre_copied_bytes"].as_u64(),
         driver_calls_in_pause: None,
