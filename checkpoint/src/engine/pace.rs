@@ -1,18 +1,27 @@
-//! Work that lets the rest of the program go first for a while: with what CPU is left as long as others are in a hurry,
-//! like everybody else afterwards. What the work is, is not known here.
-#![expect(unsafe_code, reason = "the priority of a thread has no safe interface")]
+//! Work that lets everybody else go first for a while: with what CPU is left as long as others are in a hurry, like
+//! everybody else afterwards. What the work is, is not known here.
+//!
+//! It is the policy for idle time that does it. A thread that is merely nice keeps a CPU it got while the one in a hurry
+//! waited for a moment, until its slice is over.
+#![expect(unsafe_code, reason = "how a thread is scheduled has no safe interface")]
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::unistd::gettid;
 
-/// The least urgent there is.
+use crate::agent::lock;
+
+/// The least urgent that a thread can be by its priority.
 const LAST: i32 = 19;
 
 /// How fast a piece of work is to be done, for the threads that do it.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     fast: AtomicBool,
+    /// Threads that give way, and the policy each is to return to. Nobody holds this while he gives way: others would wait
+    /// for a thread that gets no CPU.
+    slow: Mutex<Vec<(i32, i32)>>,
     stop: AtomicBool,
 }
 
@@ -22,9 +31,12 @@ impl Pace {
         Pace { fast: AtomicBool::new(true), ..Pace::default() }
     }
 
-    /// Nobody need be let go first any more.
+    /// Nobody need be let go first any more. (A thread that gets no CPU could not find that out by itself.)
     pub fn hurry(&self) {
-        self.fast.store(true, Ordering::Relaxed);
+        self.fast.store(true, Ordering::SeqCst);
+        for (thread, policy) in lock(&self.slow).drain(..) {
+            set_policy(thread, policy);
+        }
     }
 
     /// What comes of it is not wanted any more.
@@ -36,56 +48,76 @@ impl Pace {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// What the thread that calls this says between two parts of the work, to the end of its life.
+    /// While this exists the thread that calls it goes at this pace.
     pub fn keeper(&self) -> Keeper<'_> {
-        let mut keeper = Keeper { pace: self, usual: None };
-        if !self.fast.load(Ordering::Relaxed) {
-            keeper.usual = give_way();
+        if self.fast.load(Ordering::SeqCst) {
+            return Keeper { pace: self, usual: None };
+        }
+        let keeper = Keeper { pace: self, usual: can_come_back() };
+        if let Some(policy) = keeper.usual {
+            lock(&self.slow).push((me(), policy));
+            set_policy(me(), libc::SCHED_IDLE);
+            if self.fast.load(Ordering::SeqCst) {
+                set_policy(me(), policy);
+            }
         }
         keeper
     }
 }
 
 /// One thread's part in it.
+#[must_use]
 pub(super) struct Keeper<'a> {
     pace: &'a Pace,
-    /// The priority to return to.
+    /// The policy to return to.
     usual: Option<i32>,
 }
 
-impl Keeper<'_> {
-    /// Goes on as fast as is wanted by now.
-    pub fn keep(&mut self) {
-        if self.pace.fast.load(Ordering::Relaxed)
-            && let Some(usual) = self.usual.take()
-        {
-            set(usual);
+impl Drop for Keeper<'_> {
+    fn drop(&mut self) {
+        if let Some(policy) = self.usual {
+            set_policy(me(), policy);
+            lock(&self.pace.slow).retain(|(thread, _)| *thread != me());
         }
     }
 }
 
-/// Makes the calling thread the last in line, if it can come back: who is not allowed to would do the rest of the work with
-/// what CPU is left, and on a host that is full that is none. Returns the priority it had.
-fn give_way() -> Option<i32> {
-    let usual = get();
-    if usual >= LAST || !set(usual + 1) {
+/// The policy that the calling thread has, if it can give way and come back: who is not allowed to would do the rest of the
+/// work with what CPU is left, and on a host that is full that is none.
+fn can_come_back() -> Option<i32> {
+    // Whoever may take back a step of priority may leave the policy for idle time, too.
+    let usual = priority();
+    if usual >= LAST || !set_priority(usual + 1) || !set_priority(usual) {
         return None;
     }
-    set(usual).then(|| set(LAST)).map(|_| usual)
+    let policy = policy();
+    let ordinary = matches!(policy & !libc::SCHED_RESET_ON_FORK, libc::SCHED_OTHER | libc::SCHED_BATCH);
+    ordinary.then_some(policy)
 }
 
-fn me() -> u32 {
-    gettid().as_raw().cast_unsigned()
+fn me() -> i32 {
+    gettid().as_raw()
 }
 
-fn get() -> i32 {
+fn priority() -> i32 {
     // SAFETY: asks for a number. -1 is a priority as well as an error, of which there is none for one's own thread.
-    unsafe { libc::getpriority(libc::PRIO_PROCESS, me()) }
+    unsafe { libc::getpriority(libc::PRIO_PROCESS, me().cast_unsigned()) }
 }
 
-fn set(priority: i32) -> bool {
+fn set_priority(priority: i32) -> bool {
     // SAFETY: concerns the scheduling of the calling thread only.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, me(), priority) == 0 }
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, me().cast_unsigned(), priority) == 0 }
+}
+
+fn policy() -> i32 {
+    // SAFETY: asks for a number; 0 is the calling thread.
+    unsafe { libc::sched_getscheduler(0) }
+}
+
+fn set_policy(thread: i32, policy: i32) -> bool {
+    let none = libc::sched_param { sched_priority: 0 };
+    // SAFETY: concerns the scheduling of a thread of ours only; the structure lives across the call.
+    unsafe { libc::sched_setscheduler(thread, policy, &raw const none) == 0 }
 }
 
 #[cfg(test)]
@@ -94,27 +126,29 @@ mod tests {
 
     #[test]
     fn a_thread_gives_way_until_there_is_a_hurry_if_it_can_come_back() {
-        let usual = get();
+        let (usual, nice) = (policy(), priority());
         let seen = std::thread::spawn(|| {
             let pace = Pace::default();
-            let mut keeper = pace.keeper();
-            let slow = get();
-            keeper.keep();
-            let still = get();
-            pace.hurry();
-            keeper.keep();
-            (slow, still, get())
+            let keeper = pace.keeper();
+            let slow = policy();
+            drop(keeper);
+            let back = policy();
+            let _keeper = pace.keeper();
+            let again = policy();
+            // By another thread: this one might get no CPU.
+            std::thread::scope(|s| s.spawn(|| pace.hurry()).join()).unwrap();
+            (slow, back, again, policy(), priority())
         });
         // Without the privilege it never gives way, but for the one step that it tried.
-        let (slow, still, fast) = seen.join().unwrap();
-        assert_eq!(slow, still);
-        let privileged = [(LAST, usual), (usual + 1, usual + 1)];
-        assert!(privileged.contains(&(slow, fast)), "{slow} {fast}, {usual} before");
-        assert_eq!(get(), usual, "other threads are not concerned");
+        let (slow, back, again, fast, left) = seen.join().unwrap();
+        assert_eq!((slow, back, fast), (again, usual, usual));
+        let privileged = [(libc::SCHED_IDLE, nice), (usual, nice + 1), (usual, nice + 2)];
+        assert!(privileged.contains(&(slow, left)), "{slow} {left}, {usual} {nice}");
+        assert_eq!(policy(), usual, "other threads are not concerned");
         let at_once = std::thread::spawn(|| {
             let pace = Pace::fast();
-            pace.keeper().keep();
-            get()
+            let _keeper = pace.keeper();
+            policy()
         });
         assert_eq!(at_once.join().unwrap(), usual);
     }

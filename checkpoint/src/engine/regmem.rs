@@ -271,9 +271,8 @@ impl Line<'_> {
             for _ in 0..WORKERS.min(thread::available_parallelism().map_or(1, usize::from)).min(jobs.len()) {
                 let (results, jobs, next) = (results.clone(), &jobs, &next);
                 scope.spawn(move || {
-                    let mut keeper = pace.keeper();
+                    let _keeper = pace.keeper();
                     loop {
-                        keeper.keep();
                         let at = next.fetch_add(1, Ordering::Relaxed);
                         let Some(job) = jobs.get(at) else { return };
                         // Nobody listens: somebody else's error ended the round.

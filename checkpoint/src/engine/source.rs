@@ -325,9 +325,9 @@ impl<'a> Run<'a> {
         // CRIU leaves registered memory out; nobody writes to it any more.
         self.last_round_beside(memory, |run, round| {
             run.phase(Phase::Dump, Self::dump)?;
-            round.hurry();
             run.phase(Phase::Converge, Self::converge)?;
             run.phase(Phase::Transfer, Self::transfer)?;
+            round.hurry();
             run.phase(Phase::Restore, |run| {
                 run.restore()?;
                 round.arrive(run)

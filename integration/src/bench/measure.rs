@@ -8,6 +8,7 @@
 
 use super::clocks::{self, Offset};
 use super::counts;
+use super::instructions;
 use super::plain::{self, Plain};
 use super::plan::{Item, Variant};
 use super::samples::{Counts, OtherEnd, Seen};
@@ -20,6 +21,7 @@ use crate::scenario::Context;
 use crate::scenarios::migration::stage::{CHECKER, Stage, json_lines, tail};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use std::fs;
 use std::thread;
 use std::time::Duration;
 
@@ -86,10 +88,15 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
     stage.run(MOVED, MOVED_HOST, &["src", "dst"], &strs(&moved_command(item, load)))?;
     stage.wait_log(MOVED, "connection", |t| running(t) >= usize::from(item.cell.peers))?;
     stage.flow(MOVED, if item.variant.rdma() { 200 } else { 1 })?;
-    let mappings = counts::mappings(&stage.ctx.src.clone(), MOVED)?;
+    let (src, dst) = (stage.ctx.src.clone(), stage.ctx.dst.clone());
+    let mappings = counts::mappings(&src, MOVED)?;
+    let ahead = (instructions::ahead(&src)?, instructions::ahead(&dst)?);
     let mut moves = Vec::new();
-    for (from, to) in [("src", "dst"), ("dst", "src")].into_iter().cycle().take(load.moves.into()) {
-        moves.push(move_once(stage, item, load, counting, from, to).with_context(|| format!("{from} → {to}"))?);
+    for (n, (from, to)) in [("src", "dst"), ("dst", "src")].into_iter().cycle().take(load.moves.into()).enumerate() {
+        let mut moved = move_once(stage, item, load, counting, from, to).with_context(|| format!("{from} → {to}"))?;
+        let ahead = if n % 2 == 0 { ahead } else { (ahead.1, ahead.0) };
+        moved.counts.instructions = instructions_of(&moved, from, to, ahead)?;
+        moves.push(moved);
     }
     stage.terminate(MOVED)?;
     let result = stage.verdict(MOVED)?;
@@ -98,6 +105,14 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
     let mut seen = moves.into_iter().map(|m| m.seen(&result, text.as_deref())).collect::<Result<Vec<_>>>()?;
     seen.iter_mut().for_each(|s| s.counts.mappings = Some(mappings));
     middle(seen).context("nothing was moved")
+}
+
+/// What was executed in a move's pause, where that is counted.
+fn instructions_of(moved: &Moved, from: &str, to: &str, ahead: (f64, f64)) -> Result<Option<u64>> {
+    let paths = Paths::new()?;
+    let log = |node: &str| fs::read(instructions::file(&paths, node)).map(|ring| instructions::Log::parse(&ring));
+    let (Ok(source), Ok(destination)) = (log(from), log(to)) else { return Ok(None) };
+    Ok(instructions::of_pause(&source, &destination, ahead, &moved.to_destination, &moved.summary))
 }
 
 /// The one that took middling long, with the most of what was counted in any.
@@ -146,6 +161,7 @@ fn move_once(stage: &mut Stage, item: &Item, load: &Load, counting: bool, from: 
         transferred_bytes: summary["image_bytes"].as_u64(),
         pre_copied_bytes: summary["pre_copied_bytes"].as_u64(),
         driver_calls_in_pause: None,
+        instructions: None,
     };
     if counting && rdma {
         let mut all = std::collections::BTreeMap::new();

@@ -6,6 +6,7 @@
 
 pub mod clocks;
 pub mod counts;
+pub mod instructions;
 pub mod measure;
 pub mod plain;
 pub mod plan;

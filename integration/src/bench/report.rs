@@ -39,6 +39,10 @@ pub struct Row {
     pub transferred_bytes: Option<u64>,
     pub pre_copied_bytes: Option<u64>,
     pub made_in_pause: Option<u64>,
+    /// Instructions inside the pause, millions.
+    pub instructions_m: Option<Estimate>,
+    /// By how many more than variant a just before and after it, as a share of those.
+    pub extra_instructions: Option<Estimate>,
     /// Median length of each phase (of plain runc: each step), milliseconds, in order.
     pub phases: Vec<(String, f64)>,
     /// Largest error of [`Row::gap_ms`] by the hosts' clocks, milliseconds.
@@ -125,16 +129,17 @@ impl Group<'_> {
         self.seen.iter().filter_map(|o| Some((o.round, of(o.seen)?))).collect()
     }
 
-    /// Pauses of the baseline beside pauses of this group: the mean of the two of the round that were measured next to
-    /// it, which are the one before and the one after.
-    fn beside(&self, baseline: &Group) -> Vec<(f64, f64)> {
+    /// By how much more this group has of something than the baseline, as a share of that: of each round the mean of the
+    /// two that were measured next to it, which are the one before and the one after.
+    fn above(&self, baseline: &Group, of: impl Fn(&Seen) -> Option<f64>) -> Option<Estimate> {
         let next_to = |one: &One| {
             let mut all: Vec<&One> = baseline.seen.iter().filter(|a| a.round == one.round).collect();
             all.sort_by(|x, y| (x.at - one.at).abs().total_cmp(&(y.at - one.at).abs()));
-            let near: Vec<f64> = all.iter().take(2).map(|a| a.seen.gap_ms).collect();
+            let near: Vec<f64> = all.iter().take(2).filter_map(|a| of(a.seen)).collect();
             (!near.is_empty()).then(|| near.iter().sum::<f64>() / near.len() as f64)
         };
-        self.seen.iter().filter_map(|one| Some((next_to(one)?, one.seen.gap_ms))).collect()
+        let pairs: Vec<_> = self.seen.iter().filter_map(|one| Some((next_to(one)?, of(one.seen)?))).collect();
+        statistics::relative_difference(&pairs)
     }
 
     fn estimate(&self, of: impl Fn(&Seen) -> Option<f64>) -> Option<Estimate> {
@@ -213,7 +218,8 @@ fn gap(seen: &Seen) -> Option<f64> {
 
 fn row(group: &Group, all: &[Group]) -> Row {
     let baseline = find(all, Variant::A, group.cell.baseline()).filter(|_| group.variant != Variant::A);
-    let extra = baseline.and_then(|a| statistics::relative_difference(&group.beside(a)));
+    let extra = baseline.and_then(|a| group.above(a, gap));
+    let instructions = |s: &Seen| s.counts.instructions.map(|n| n as f64 / 1e6);
     let rdma = group.variant.rdma();
     let own = |field: &'static str| group.estimate(move |s| seconds_ms(&s.summary, field));
     let names = group.seen.first().map(|o| phase_names(&o.seen.summary)).unwrap_or_default();
@@ -238,6 +244,8 @@ fn row(group: &Group, all: &[Group]) -> Row {
         transferred_bytes: group.most(|s| s.counts.transferred_bytes),
         pre_copied_bytes: group.most(|s| s.counts.pre_copied_bytes),
         made_in_pause: group.most(|s| s.counts.made_in_pause()),
+        instructions_m: group.estimate(instructions),
+        extra_instructions: baseline.and_then(|a| group.above(a, instructions)),
         phases: phases.collect(),
         clock_error_ms: group.seen.iter().map(|o| o.seen.clock_error_ms).fold(0.0, f64::max),
     }

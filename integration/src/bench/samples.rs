@@ -34,6 +34,9 @@ pub struct Counts {
     /// Calls of the driver inside the pause, on the destination and on the peers' host: `dst qp` → 3, `peer qp` → 3.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub driver_calls_in_pause: Option<BTreeMap<String, u64>>,
+    /// Instructions that source and destination executed in turn inside the pause ([`super::instructions`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instructions: Option<u64>,
 }
 
 impl Counts {

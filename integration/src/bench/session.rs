@@ -6,6 +6,7 @@ use super::measure::{self, Load};
 use super::plan::Item;
 use super::samples::Seen;
 use crate::lab::node::Running;
+use crate::lab::paths::Paths;
 use crate::lab::{Lab, deploy};
 use crate::scenario::{Context, sole_user};
 use anyhow::{Context as _, Result, ensure};
@@ -49,7 +50,9 @@ impl Session {
     /// Brings the lab up, or takes the one that is up.
     pub fn begin(keep: bool, warm: &Warm) -> Result<Session> {
         let alone = sole_user()?;
-        let (lab, fresh) = Lab::up()?;
+        let mut paths = Paths::new()?;
+        paths.counter = Some(deploy::built(&paths, "liblab_counter.so")).filter(|plugin| plugin.exists());
+        let (lab, fresh) = Lab::up_in(paths)?;
         let mut session =
             Session { lab, found: !fresh, keep: keep || !fresh, counting: false, answering: Vec::new(), _alone: alone };
         match session.prepare().and_then(|()| session.warm_up(warm)) {
@@ -76,6 +79,11 @@ impl Session {
         self.counting = nodes.iter().map(counts::watch).collect::<Result<Vec<_>>>()?.into_iter().all(|can| can);
         if !self.counting {
             println!("bench: the nodes' kernels cannot count the driver's calls; they are left out");
+        }
+        if !super::instructions::are_counted(self.lab.paths(), &nodes) {
+            println!(
+                "bench: what the nodes execute is not counted: it takes QEMU 10, emulation, and a lab started for it"
+            );
         }
         self.answering = nodes.iter().map(clocks::answer).collect::<Result<_>>()?;
         self.set_clocks()

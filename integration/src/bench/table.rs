@@ -95,6 +95,8 @@ pub fn pauses(report: &Report) -> Grid {
         "pre-copied, MiB",
         "sent in pause, MiB",
         "made in pause",
+        "instructions in pause, M",
+        "against (a)",
     ]);
     for row in &report.rows {
         let [qps, mib, peers] = amounts(row);
@@ -114,6 +116,8 @@ pub fn pauses(report: &Report) -> Grid {
             or_dash(mib_of(row.pre_copied_bytes)),
             or_dash(mib_of(row.transferred_bytes)),
             or_dash(row.made_in_pause),
+            short_ms(&row.instructions_m),
+            row.extra_instructions.as_ref().map_or("–".into(), percent),
         ]);
     }
     grid
@@ -178,6 +182,10 @@ pub fn legend(report: &Report) -> Vec<String> {
          first held send and the last release, counted by the nodes' kernels; most of all rounds."
             .into(),
         "mappings: lines of /proc/PID/maps before the move. pre-copied, sent: bytes of image that went over before the pause and in it.".into(),
+        "instructions in pause: what the source executes from the freeze until the image is there, and the destination from \
+         then on until the container runs, counted by QEMU. A busy machine does not change it; but not all instructions \
+         take equally long."
+            .into(),
         "RDMA set-up inside the pause: phases converge and switch, which also hold what is not set-up: an upper bound."
             .into(),
     ]

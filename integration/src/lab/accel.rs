@@ -76,6 +76,7 @@ fn trial(paths: &Paths, image: &Image, scratch: &Path) -> Result<()> {
         incoming: None,
         sockets: scratch,
         logs: scratch,
+        counter: None,
     })?;
     booting.add(machine.clone())?;
     let answered = wait_for_node(&Node::new(spec, machine.port, image.token.clone()), &machine, TRIAL);

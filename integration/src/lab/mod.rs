@@ -57,7 +57,11 @@ impl Lab {
     /// booting the nodes when that has not been done before. Returns whether
     /// it was started now.
     pub fn up() -> Result<(Lab, bool)> {
-        let paths = Paths::new()?;
+        Lab::up_in(Paths::new()?)
+    }
+
+    /// As [`Lab::up`]. A lab that is up already is left as it is, counted or not.
+    pub fn up_in(paths: Paths) -> Result<(Lab, bool)> {
         let _lock = lock(&paths)?;
         if let Some(lab) = Lab::running(&paths)? {
             return Ok((lab, false));
@@ -224,6 +228,7 @@ fn start_one(
         incoming: Some(&snapshots.state(spec)),
         sockets,
         logs: &paths.run(),
+        counter: paths.counter.as_deref(),
     })
 }
 

@@ -19,6 +19,8 @@ pub struct Paths {
     pub target: PathBuf,
     /// Name of the lab instance, `MIGRRDMA_LAB` or `default`.
     pub instance: String,
+    /// The plugin of QEMU that counts what nodes execute, if they shall be counted.
+    pub counter: Option<PathBuf>,
 }
 
 impl Paths {
@@ -33,7 +35,7 @@ impl Paths {
         if instance.is_empty() || !instance.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_') {
             bail!("MIGRRDMA_LAB={instance:?}: use letters, digits, '-' and '_'");
         }
-        Ok(Paths { root, target, instance })
+        Ok(Paths { root, target, instance, counter: None })
     }
 
     /// Everything of the lab that is worth caching.

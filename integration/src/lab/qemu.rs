@@ -96,8 +96,10 @@ pub struct Launch<'a> {
     pub incoming: Option<&'a Path>,
     /// Directory for sockets.
     pub sockets: &'a Path,
-    /// Directory for console and error logs.
+    /// Directory for console and error logs, and for what is counted.
     pub logs: &'a Path,
+    /// Plugin that counts what is executed.
+    pub counter: Option<&'a Path>,
 }
 
 /// A started QEMU.
@@ -123,9 +125,8 @@ pub fn version() -> Result<String> {
     Ok(String::from_utf8_lossy(&out.stdout).lines().next().unwrap_or_default().to_owned())
 }
 
-/// Option that makes a stream link come back when the other QEMU is
-/// restarted; older versions have none.
-fn reconnect_option(version: &str) -> &'static str {
+/// Major and minor.
+fn number(version: &str) -> (u32, u32) {
     let number: Vec<u32> = version
         .split_whitespace()
         .find(|w| w.starts_with(|c: char| c.is_ascii_digit()))
@@ -133,11 +134,22 @@ fn reconnect_option(version: &str) -> &'static str {
         .split('.')
         .map_while(|p| p.parse().ok())
         .collect();
-    match (number.first().copied().unwrap_or(0), number.get(1).copied().unwrap_or(0)) {
+    (number.first().copied().unwrap_or(0), number.get(1).copied().unwrap_or(0))
+}
+
+/// Option that makes a stream link come back when the other QEMU is
+/// restarted; older versions have none.
+fn reconnect_option(version: &str) -> &'static str {
+    match number(version) {
         (major, minor) if (major, minor) >= (9, 2) => ",reconnect-ms=100",
         (major, _) if major >= 8 => ",reconnect=1",
         _ => "",
     }
+}
+
+/// Whether this QEMU and accelerator can count what a node executes.
+pub fn counts(version: &str, accel: Accel) -> bool {
+    accel == Accel::Tcg && number(version).0 >= 10
 }
 
 /// Whether a node's QEMU can be restarted without restarting all.
@@ -201,6 +213,10 @@ pub fn launch(l: &Launch) -> Result<Machine> {
     cmd.args(["-append", &kernel_line(l.node)]);
     if let Some(state) = l.incoming {
         cmd.arg("-incoming").arg(format!("exec:cat '{}'", state.display()));
+    }
+    if let Some(counter) = l.counter.filter(|_| counts(&version().unwrap_or_default(), l.accel)) {
+        let out = l.logs.join(format!("{name}.instructions"));
+        cmd.arg("-plugin").arg(format!("file={},out={}", counter.display(), out.display()));
     }
     // Its own process group: Ctrl-C at the terminal must not reach it.
     let child = cmd

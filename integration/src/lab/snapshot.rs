@@ -106,6 +106,7 @@ fn boot_all(image: &Image, snapshots: &Snapshots, sockets: &Path, booting: &mut 
             incoming: None,
             sockets,
             logs: &snapshots.dir,
+            counter: None,
         })?)?;
         if spec.name == HUB {
             qemu::wait_for_links(sockets, Duration::from_secs(30))?;
