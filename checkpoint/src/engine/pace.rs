@@ -39,9 +39,10 @@ impl Pace {
         }
     }
 
-    /// What comes of it is not wanted any more.
+    /// What comes of it is not wanted any more: now everybody waits for its end.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
+        self.hurry();
     }
 
     pub fn is_over(&self) -> bool {

@@ -324,6 +324,8 @@ mod tests {
             transferred_bytes: None,
             pre_copied_bytes: None,
             made_in_pause: None,
+            instructions_m: None,
+            extra_instructions: None,
             phases: vec![("dump & more".into(), gap / 2.0), ("restore".into(), gap / 2.0)],
             clock_error_ms: 0.2,
         }
