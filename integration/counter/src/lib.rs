@@ -80,7 +80,7 @@ pub unsafe extern "C" fn qemu_plugin_install(
         // SAFETY: QEMU's contract, see above.
         unsafe { CStr::from_ptr(*args.add(i)) }
     });
-    let Some(path) = all.filter_map(|arg| arg.to_bytes().strip_prefix(b"out=")).last() else {
+    let Some(path) = all.filter_map(|arg| arg.to_bytes().strip_prefix(b"out=")).next_back() else {
         eprintln!("lab-counter: out=PATH is missing");
         return 1;
     };
