@@ -131,16 +131,14 @@ impl Run<'_> {
         let accept = move || dump.map_or(Ok(()), super::handover::Dump::accept);
         // The container stands still until the destination hears of it: everything else begins behind that.
         let (told, released, ending) = thread::scope(|scope| {
-            let mut behind = Some(|| {
+            let mut ending = None;
+            let told = self.tell_destination(|| {
                 if let Some(keys) = &early {
                     scope.spawn(|| self.change_over(keys));
                 }
                 // Our tasks stand still in their cgroup and end there; nobody need wait for that.
-                thread::Builder::new().name("end".into()).spawn(accept).ok()
+                ending = thread::Builder::new().name("end".into()).spawn(accept).ok();
             });
-            let mut ending = None;
-            let mut begin = || ending = behind.take().map_or(ending.take(), |behind| behind());
-            let told = self.tell_destination(&mut begin);
             (told, Instant::now(), ending)
         });
         self.effects.ending = ending;
@@ -195,11 +193,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// `begin` is run once or more often: when the order is on its way, and when it could not be sent.
-    pub(super) fn tell_destination(&self, begin: &mut dyn FnMut()) -> Result<(), Stop> {
+    /// `behind` is run once: when the order is on its way, or could not be sent the first time.
+    pub(super) fn tell_destination(&self, behind: impl FnOnce()) -> Result<(), Stop> {
+        let mut behind = Some(behind);
+        let mut begin = || behind.take().into_iter().for_each(|behind| behind());
         Self::again(self, "letting the tasks run on the destination", |run| {
             let deadline = run.answer_time() * 2;
-            let told = run.world.call_and_meanwhile(&run.to, run.id, Order::Commit, deadline, begin);
+            let told = run.world.call_and_meanwhile(&run.to, run.id, Order::Commit, deadline, &mut begin);
             begin();
             told.map(drop).map_err(Stop::from)
         })

@@ -140,10 +140,10 @@ mod tests {
             std::thread::scope(|s| s.spawn(|| pace.hurry()).join()).unwrap();
             (slow, back, again, policy(), priority())
         });
-        // Without the privilege it never gives way, but for the one step that it tried.
+        // Without the privilege it never gives way, but for the step that it tried each time.
         let (slow, back, again, fast, left) = seen.join().unwrap();
         assert_eq!((slow, back, fast), (again, usual, usual));
-        let privileged = [(libc::SCHED_IDLE, nice), (usual, nice + 1), (usual, nice + 2)];
+        let privileged = [(libc::SCHED_IDLE, nice), (usual, nice + 2)];
         assert!(privileged.contains(&(slow, left)), "{slow} {left}, {usual} {nice}");
         assert_eq!(policy(), usual, "other threads are not concerned");
         let at_once = std::thread::spawn(|| {

@@ -8,6 +8,7 @@
 use super::clocks::Offset;
 use crate::lab::node::Node;
 use crate::lab::paths::Paths;
+use crate::lab::qemu;
 use anyhow::{Context, Result};
 use serde_json::Value;
 use std::fs;
@@ -44,14 +45,10 @@ impl Log {
     }
 }
 
-/// Where a node's QEMU writes.
-pub fn file(paths: &Paths, node: &str) -> std::path::PathBuf {
-    paths.run().join(format!("{node}.instructions"))
-}
-
 /// Whether the lab that is up counts.
 pub fn are_counted(paths: &Paths, nodes: &[Node]) -> bool {
-    nodes.iter().all(|node| fs::metadata(file(paths, node.name())).is_ok_and(|meta| meta.len() > 0))
+    let file = |node: &Node| qemu::instructions(&paths.run(), node.name());
+    nodes.iter().all(|node| fs::metadata(file(node)).is_ok_and(|meta| meta.len() > 0))
 }
 
 /// How far a node's clock is ahead of the machine's, seconds.

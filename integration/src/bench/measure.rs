@@ -16,7 +16,7 @@ use super::statistics;
 use crate::demo::picture;
 use crate::lab::node::Node;
 use crate::lab::paths::Paths;
-use crate::lab::{bundle, deploy};
+use crate::lab::{bundle, deploy, qemu};
 use crate::scenario::Context;
 use crate::scenarios::migration::stage::{CHECKER, Stage, json_lines, tail};
 use anyhow::{Context as _, Result, ensure};
@@ -90,12 +90,15 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
     stage.flow(MOVED, if item.variant.rdma() { 200 } else { 1 })?;
     let (src, dst) = (stage.ctx.src.clone(), stage.ctx.dst.clone());
     let mappings = counts::mappings(&src, MOVED)?;
-    let ahead = (instructions::ahead(&src)?, instructions::ahead(&dst)?);
+    let counted = instructions::are_counted(&Paths::new()?, &[src.clone(), dst.clone()]);
+    let ahead = if counted { Some((instructions::ahead(&src)?, instructions::ahead(&dst)?)) } else { None };
     let mut moves = Vec::new();
     for (n, (from, to)) in [("src", "dst"), ("dst", "src")].into_iter().cycle().take(load.moves.into()).enumerate() {
         let mut moved = move_once(stage, item, load, counting, from, to).with_context(|| format!("{from} → {to}"))?;
-        let ahead = if n % 2 == 0 { ahead } else { (ahead.1, ahead.0) };
-        moved.counts.instructions = instructions_of(&moved, from, to, ahead)?;
+        if let Some((src, dst)) = ahead {
+            let ahead = if n % 2 == 0 { (src, dst) } else { (dst, src) };
+            moved.counts.instructions = instructions_of(&moved, from, to, ahead)?;
+        }
         moves.push(moved);
     }
     stage.terminate(MOVED)?;
@@ -110,7 +113,7 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
 /// What was executed in a move's pause, where that is counted.
 fn instructions_of(moved: &Moved, from: &str, to: &str, ahead: (f64, f64)) -> Result<Option<u64>> {
     let paths = Paths::new()?;
-    let log = |node: &str| fs::read(instructions::file(&paths, node)).map(|ring| instructions::Log::parse(&ring));
+    let log = |node: &str| fs::read(qemu::instructions(&paths.run(), node)).map(|ring| instructions::Log::parse(&ring));
     let (Ok(source), Ok(destination)) = (log(from), log(to)) else { return Ok(None) };
     Ok(instructions::of_pause(&source, &destination, ahead, &moved.to_destination, &moved.summary))
 }

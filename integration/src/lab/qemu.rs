@@ -147,6 +147,11 @@ fn reconnect_option(version: &str) -> &'static str {
     }
 }
 
+/// What a node executes is written there, if it is counted.
+pub fn instructions(logs: &Path, node: &str) -> PathBuf {
+    logs.join(format!("{node}.instructions"))
+}
+
 /// Whether this QEMU and accelerator can count what a node executes.
 pub fn counts(version: &str, accel: Accel) -> bool {
     accel == Accel::Tcg && number(version).0 >= 10
@@ -214,8 +219,9 @@ pub fn launch(l: &Launch) -> Result<Machine> {
     if let Some(state) = l.incoming {
         cmd.arg("-incoming").arg(format!("exec:cat '{}'", state.display()));
     }
+    let out = instructions(l.logs, name);
+    let _ = fs::remove_file(&out);
     if let Some(counter) = l.counter.filter(|_| counts(&version().unwrap_or_default(), l.accel)) {
-        let out = l.logs.join(format!("{name}.instructions"));
         cmd.arg("-plugin").arg(format!("file={},out={}", counter.display(), out.display()));
     }
     // Its own process group: Ctrl-C at the terminal must not reach it.
