@@ -1,6 +1,6 @@
 //! One measurement: two containers are started, one is moved, what was seen of it is gathered, all is removed. It is
-//! moved there, back and there, as often as asked for, and the move that took middling long is the one that counts: to
-//! start it costs more time than to move it. Plain runc moves it once.
+//! moved there, back and there, as often as asked for: to start it costs more time than to move it. Its first move is not
+//! counted if there are others ([`Measured::counted`]). Plain runc moves it once.
 //!
 //! The container that is moved is alike in all variants but for RDMA: the same program and libraries (without RDMA the
 //! devices are listed and left alone), memory, number of threads and TCP connection, the same devices and network. It
@@ -11,7 +11,7 @@ use super::counts;
 use super::instructions;
 use super::plain::{self, Plain};
 use super::plan::{Item, Variant};
-use super::samples::{Counts, OtherEnd, Seen};
+use super::samples::{Counts, Measured, OtherEnd, Seen};
 use super::statistics;
 use crate::demo::picture;
 use crate::lab::node::Node;
@@ -34,9 +34,9 @@ const OTHER_IP: &str = "10.20.0.182";
 /// Where the container of plain runc leaves its result: its output goes nowhere.
 const RESULT: &str = "/root/bench-result.json";
 /// Undisturbed time before the move, seconds: what "before" and "normal" mean.
-const BEFORE: f64 = 3.0;
+const BEFORE: f64 = 2.0;
 /// Time for the other end to show its gap after the last phase, seconds.
-const AFTER: f64 = 1.5;
+const AFTER: f64 = 1.0;
 
 /// What is the same in all measurements of a run.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,7 +47,7 @@ pub struct Load {
     pub migrate_options: Vec<String>,
     /// Registered memory lies in files, as far as a container uses RDMA.
     pub memory_in_files: bool,
-    /// Moves of one measurement. An odd number has a middle.
+    /// Moves of one measurement.
     pub moves: u8,
 }
 
@@ -60,17 +60,17 @@ impl Load {
 }
 
 /// Makes one measurement. What it leaves after a failure is the caller's to clean, by resetting the nodes.
-pub fn measure(ctx: &mut Context, item: &Item, load: &Load, counting: bool) -> Result<Seen> {
+pub fn measure(ctx: &mut Context, item: &Item, load: &Load, counting: bool) -> Result<Measured> {
     let mut stage = Stage::new(ctx);
     if load.memory_in_files && matches!(item.variant, Variant::B | Variant::C) {
         stage.memory_in_files();
     }
-    let seen = match item.variant {
-        Variant::D => by_hand(&mut stage, item)?,
+    let moves = match item.variant {
+        Variant::D => vec![by_hand(&mut stage, item)?],
         _ => with_migrrdma(&mut stage, item, load, counting)?,
     };
     stage.finish()?;
-    Ok(seen)
+    Ok(Measured { moves })
 }
 
 /// Removes what an interrupted run has left on a node; nothing to remove is no error.
@@ -83,7 +83,7 @@ pub fn clear(node: &Node) {
     }
 }
 
-fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) -> Result<Seen> {
+fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) -> Result<Vec<Seen>> {
     start_other(stage, item)?;
     stage.run(MOVED, MOVED_HOST, &["src", "dst"], &strs(&moved_command(item, load)))?;
     stage.wait_log(MOVED, "connection", |t| running(t) >= usize::from(item.cell.peers))?;
@@ -107,7 +107,7 @@ fn with_migrrdma(stage: &mut Stage, item: &Item, load: &Load, counting: bool) ->
     let text = if item.variant.rdma() { Some(stage.log(OTHER)?) } else { None };
     let mut seen = moves.into_iter().map(|m| m.seen(&result, text.as_deref())).collect::<Result<Vec<_>>>()?;
     seen.iter_mut().for_each(|s| s.counts.mappings = Some(mappings));
-    middle(seen).context("nothing was moved")
+    Ok(seen)
 }
 
 /// What was executed in a move's pause, where that is counted.
@@ -118,23 +118,13 @@ fn instructions_of(moved: &Moved, from: &str, to: &str, ahead: (f64, f64)) -> Re
     Ok(instructions::of_pause(&source, &destination, ahead, &moved.to_destination, &moved.summary))
 }
 
-/// The one that took middling long, with the most of what was counted in any.
-fn middle(mut seen: Vec<Seen>) -> Option<Seen> {
-    let gaps_ms = seen.iter().map(|s| s.gap_ms).collect();
-    let made = seen.iter().max_by_key(|s| s.counts.made_in_pause())?.counts.driver_calls_in_pause.clone();
-    seen.sort_by(|a, b| a.gap_ms.total_cmp(&b.gap_ms));
-    let mut one = seen.swap_remove((seen.len() - 1) / 2);
-    one.counts.driver_calls_in_pause = made;
-    one.gaps_ms = gaps_ms;
-    Some(one)
-}
-
 /// One move, before its container has told what it saw.
 struct Moved {
     moments: Moments,
     /// From the clock of the host it left.
     to_destination: Offset,
-    to_peer: Offset,
+    /// Likewise, with RDMA.
+    to_peer: Option<Offset>,
     counts: Counts,
     summary: Value,
 }
@@ -146,15 +136,16 @@ fn move_once(stage: &mut Stage, item: &Item, load: &Load, counting: bool, from: 
     if counting {
         stage.ctx.nodes().into_iter().try_for_each(counts::forget)?;
     }
-    let before = (clocks::ask(&here, &there)?, clocks::ask(&here, &peer)?);
+    let clocks = || anyhow::Ok((clocks::ask(&here, &there)?, if rdma { Some(clocks::ask(&here, &peer)?) } else { None }));
+    let before = clocks()?;
     let mut options = strs(&load.migrate_options);
     if item.variant == Variant::C {
         options.push("--no-pre-setup");
     }
     let summary = stage.migrate_with(MOVED, to, &options)?;
-    let after = (clocks::ask(&here, &there)?, clocks::ask(&here, &peer)?);
+    let after = clocks()?;
     let to_destination = Offset { before: before.0, after: after.0 };
-    let to_peer = Offset { before: before.1, after: after.1 };
+    let to_peer = before.1.zip(after.1).map(|(before, after)| Offset { before, after });
     stage.flow(MOVED, if rdma { 100 } else { 1 })?;
     thread::sleep(Duration::from_secs_f64(AFTER));
 
@@ -166,9 +157,9 @@ fn move_once(stage: &mut Stage, item: &Item, load: &Load, counting: bool, from: 
         driver_calls_in_pause: None,
         instructions: None,
     };
-    if counting && rdma {
+    if let Some(to_peer) = to_peer.as_ref().filter(|_| counting) {
         let mut all = std::collections::BTreeMap::new();
-        for (node, name, offset) in [(&there, "dst", &to_destination), (&peer, "peer", &to_peer)] {
+        for (node, name, offset) in [(&there, "dst", &to_destination), (&peer, "peer", to_peer)] {
             let (from, to) = (offset.theirs(moments.suspend), offset.theirs(moments.resumed));
             all.extend(
                 super::counts::calls(node, from, to)?.into_iter().map(|(event, n)| (format!("{name} {event}"), n)),
@@ -183,9 +174,10 @@ impl Moved {
     /// `result` is the container's, `text` what the other end printed.
     fn seen(self, result: &Value, text: Option<&str>) -> Result<Seen> {
         let Moved { moments, to_destination, to_peer, counts, summary } = self;
-        let end =
-            |text| other_end(text, &moments, &to_peer).context("the other end printed no samples around the move");
-        let other_end = text.map(end).transpose()?;
+        let end = |(text, to_peer): (&str, &Offset)| {
+            other_end(text, &moments, to_peer).context("the other end printed no samples around the move")
+        };
+        let other_end = text.zip(to_peer.as_ref()).map(end).transpose()?;
         let seen = standstill(result, moments.began, moments.ended, &to_destination)?;
         let frozen = summary["frozen_seconds"].as_f64().unwrap_or(0.0) * 1000.0;
         // The runtime learns of the release a moment after it; more than that is no moment.
@@ -440,23 +432,6 @@ mod tests {
     }
 
     fn load(rate: u32) -> Load {
-        Load { rate, migrate_options: vec![], memory_in_files: true, moves: 3 }
-    }
-
-    #[test]
-    fn the_middle_move_counts_with_the_most_objects_of_any() {
-        let seen = |gap_ms, made| {
-            let calls = [("dst qp".to_owned(), made)].into_iter().collect();
-            Seen {
-                gap_ms,
-                counts: Counts { driver_calls_in_pause: Some(calls), ..Counts::default() },
-                ..Seen::default()
-            }
-        };
-        let one = middle(vec![seen(30.0, 0), seen(10.0, 7), seen(20.0, 1)]).unwrap();
-        assert_eq!((one.gap_ms, one.counts.made_in_pause()), (20.0, Some(7)));
-        assert_eq!(one.gaps_ms, [30.0, 10.0, 20.0]);
-        assert_eq!(middle(vec![seen(2.0, 0), seen(1.0, 0)]).unwrap().gap_ms, 1.0);
-        assert_eq!(middle(Vec::new()), None);
+        Load { rate, migrate_options: vec![], memory_in_files: true, moves: 4 }
     }
 }

@@ -25,7 +25,7 @@ use clap::Args;
 use measure::Load;
 use plan::{Item, Matrix, Variant};
 use report::Report;
-use samples::{Seen, Store};
+use samples::{Measured, OtherEnd, Store};
 use serde_json::json;
 use session::{Session, Warm};
 use std::fs;
@@ -80,9 +80,9 @@ pub struct Options {
     /// Measurements of each are kept apart
     #[arg(long, value_name = "WHERE", default_value = "files", value_parser = ["files", "private"])]
     pub memory: String,
-    /// Moves of each measurement, there, back and there; the one that took middling long counts. Measurements of
-    /// different numbers are kept apart
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=15))]
+    /// Moves of each measurement, there, back and there. The first one does not count if there are others, of which the
+    /// median does. Measurements of different numbers are kept apart
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=15))]
     pub moves: u8,
     /// A further option of every `migrrdma migrate`, as in --migrate-option=--pre-copy-rounds=0 (repeatable).
     /// Measurements with different ones are kept apart
@@ -202,14 +202,14 @@ fn warm_up(todo: &[Item]) -> Item {
     *todo.iter().find(|i| i.variant == Variant::B).unwrap_or(&todo[0])
 }
 
-fn describe(outcome: &Result<Seen>) -> String {
+fn describe(outcome: &Result<Measured>) -> String {
     match outcome {
-        Ok(seen) => {
-            let mut text = format!("pause {:.0} ms", seen.gap_ms);
-            if let Some(end) = &seen.other_end {
-                text += &format!(", other end {:.0} ms", end.extra_ms());
+        Ok(measured) => {
+            let mut text = format!("pause {:.0} ms", measured.median(|s| Some(s.gap_ms)).unwrap_or(f64::NAN));
+            if let Some(ms) = measured.median(|s| s.other_end.as_ref().map(OtherEnd::extra_ms)) {
+                text += &format!(", other end {ms:.0} ms");
             }
-            if let Some(n) = seen.counts.made_in_pause() {
+            if let Some(n) = measured.most(|s| s.counts.made_in_pause()) {
                 text += &format!(", {n} objects made in it");
             }
             text
@@ -242,10 +242,11 @@ fn publish(report: &Report, matrix: &Matrix, store: &Store, output: &Path) -> Re
     Ok(())
 }
 
-/// What the other end did around a move: for every amount with pre-setup, the last measurement with one peer process.
+/// What the other end did around a move: for every amount with pre-setup, the last move with one peer process.
 fn throughput(store: &Store) -> Vec<(String, String)> {
     let mut all = std::collections::BTreeMap::new();
-    for (item, seen) in store.good() {
+    for (item, measured) in store.good() {
+        let Some(seen) = measured.moves.last() else { continue };
         let Some(end) = seen.other_end.as_ref().filter(|_| item.variant == Variant::B && item.cell.peers == 1) else {
             continue;
         };

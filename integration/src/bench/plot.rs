@@ -315,6 +315,7 @@ mod tests {
             cell: Cell { qps, registered: 16, peers: 1 },
             gap_ms: e(gap),
             extra_share: variant.rdma().then(|| e(-0.1)),
+            first_ms: None,
             other_end_ms: None,
             own_pause_ms: None,
             own_frozen_ms: None,

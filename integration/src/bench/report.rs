@@ -3,7 +3,7 @@
 //! Pure. An interval wider than ± 5 % resolves nothing: what rests on it is reported as *not resolved*, never as reached.
 
 use super::plan::{Cell, Matrix, Variant};
-use super::samples::{Sample, Seen};
+use super::samples::{Measured, Sample, Seen};
 use super::statistics::{self, Estimate, FEWEST};
 use serde::Serialize;
 use serde_json::Value;
@@ -24,6 +24,8 @@ pub struct Row {
     pub gap_ms: Estimate,
     /// By how much longer than variant a just before and after it, as a share of that.
     pub extra_share: Option<Estimate>,
+    /// [`Row::gap_ms`] of the first move of each container; in no other time.
+    pub first_ms: Option<Estimate>,
     /// What the move adds to the other end's normal gap, milliseconds.
     pub other_end_ms: Option<Estimate>,
     /// From the first held send until all are free again, by the runtime, milliseconds.
@@ -113,7 +115,7 @@ pub struct Report {
 struct Group<'a> {
     variant: Variant,
     cell: Cell,
-    seen: Vec<One<'a>>,
+    all: Vec<One<'a>>,
 }
 
 /// One of them.
@@ -121,24 +123,24 @@ struct One<'a> {
     round: u32,
     /// When it was done, in seconds.
     at: f64,
-    seen: &'a Seen,
+    measured: &'a Measured,
 }
 
 impl Group<'_> {
     fn values(&self, of: impl Fn(&Seen) -> Option<f64>) -> Vec<(u32, f64)> {
-        self.seen.iter().filter_map(|o| Some((o.round, of(o.seen)?))).collect()
+        self.all.iter().filter_map(|o| Some((o.round, o.measured.median(&of)?))).collect()
     }
 
     /// By how much more this group has of something than the baseline, as a share of that: of each round the mean of the
     /// two that were measured next to it, which are the one before and the one after.
     fn above(&self, baseline: &Group, of: impl Fn(&Seen) -> Option<f64>) -> Option<Estimate> {
         let next_to = |one: &One| {
-            let mut all: Vec<&One> = baseline.seen.iter().filter(|a| a.round == one.round).collect();
+            let mut all: Vec<&One> = baseline.all.iter().filter(|a| a.round == one.round).collect();
             all.sort_by(|x, y| (x.at - one.at).abs().total_cmp(&(y.at - one.at).abs()));
-            let near: Vec<f64> = all.iter().take(2).filter_map(|a| of(a.seen)).collect();
+            let near: Vec<f64> = all.iter().take(2).filter_map(|a| a.measured.median(&of)).collect();
             (!near.is_empty()).then(|| near.iter().sum::<f64>() / near.len() as f64)
         };
-        let pairs: Vec<_> = self.seen.iter().filter_map(|one| Some((next_to(one)?, of(one.seen)?))).collect();
+        let pairs: Vec<_> = self.all.iter().filter_map(|one| Some((next_to(one)?, one.measured.median(&of)?))).collect();
         statistics::relative_difference(&pairs)
     }
 
@@ -147,8 +149,14 @@ impl Group<'_> {
         statistics::estimate(&values)
     }
 
+    /// Of the first moves, where there are others.
+    fn first(&self, of: impl Fn(&Seen) -> Option<f64>) -> Option<Estimate> {
+        let several = self.all.iter().map(|o| &o.measured.moves).filter(|moves| moves.len() > 1);
+        statistics::estimate(&several.filter_map(|moves| of(&moves[0])).collect::<Vec<_>>())
+    }
+
     fn most(&self, of: impl Fn(&Seen) -> Option<u64>) -> Option<u64> {
-        self.seen.iter().filter_map(|o| of(o.seen)).max()
+        self.all.iter().filter_map(|o| o.measured.most(&of)).max()
     }
 }
 
@@ -187,11 +195,11 @@ pub fn build(matrix: &Matrix, paced: bool, samples: &[Sample]) -> Report {
     for cell in matrix.cells() {
         for &variant in matrix.variants.iter().filter(|v| v.rdma() == (cell.qps > 0)) {
             let of_it = mine.iter().filter(|s| s.item.variant == variant && s.item.cell == cell);
-            let seen: Vec<_> = of_it
-                .filter_map(|s| Some(One { round: s.item.round, at: s.at, seen: s.outcome.as_ref().ok()? }))
+            let all: Vec<_> = of_it
+                .filter_map(|s| Some(One { round: s.item.round, at: s.at, measured: s.outcome.as_ref().ok()? }))
                 .collect();
-            if !seen.is_empty() {
-                groups.push(Group { variant, cell, seen });
+            if !all.is_empty() {
+                groups.push(Group { variant, cell, all });
             }
         }
     }
@@ -222,9 +230,10 @@ fn row(group: &Group, all: &[Group]) -> Row {
     let instructions = |s: &Seen| s.counts.instructions.map(|n| n as f64 / 1e6);
     let rdma = group.variant.rdma();
     let own = |field: &'static str| group.estimate(move |s| seconds_ms(&s.summary, field));
-    let names = group.seen.first().map(|o| phase_names(&o.seen.summary)).unwrap_or_default();
+    let moves = || group.all.iter().flat_map(|o| o.measured.counted());
+    let names = moves().next().map(|s| phase_names(&s.summary)).unwrap_or_default();
     let phases = names.into_iter().filter_map(|name| {
-        let all: Vec<f64> = group.seen.iter().filter_map(|o| phase_ms(&o.seen.summary, &name)).collect();
+        let all: Vec<f64> = moves().filter_map(|s| phase_ms(&s.summary, &name)).collect();
         Some((name, statistics::median(&all)?))
     });
     Row {
@@ -232,6 +241,7 @@ fn row(group: &Group, all: &[Group]) -> Row {
         cell: group.cell,
         gap_ms: group.estimate(gap).unwrap_or(Estimate { median: f64::NAN, low: f64::NAN, high: f64::NAN, n: 0 }),
         extra_share: extra,
+        first_ms: group.first(gap),
         other_end_ms: group.estimate(|s| Some(s.other_end.as_ref()?.extra_ms())),
         own_pause_ms: own("pause_seconds").filter(|_| rdma),
         own_frozen_ms: own("frozen_seconds"),
@@ -247,7 +257,7 @@ fn row(group: &Group, all: &[Group]) -> Row {
         instructions_m: group.estimate(instructions),
         extra_instructions: baseline.and_then(|a| group.above(a, instructions)),
         phases: phases.collect(),
-        clock_error_ms: group.seen.iter().map(|o| o.seen.clock_error_ms).fold(0.0, f64::max),
+        clock_error_ms: moves().map(|s| s.clock_error_ms).fold(0.0, f64::max),
     }
 }
 
@@ -428,7 +438,7 @@ mod tests {
         };
         let seen = Seen { gap_ms, clock_error_ms: 0.3, summary, counts, ..Seen::default() };
         let item = Item { round, variant, cell, nth: 0 };
-        Sample { key: "k".into(), item, at: 0.0, took: 1.0, outcome: Ok(seen) }
+        Sample { key: "k".into(), item, at: 0.0, took: 1.0, outcome: Ok(Measured { moves: vec![seen] }) }
     }
 
     fn matrix(repeats: u32) -> Matrix {

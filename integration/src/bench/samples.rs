@@ -5,6 +5,7 @@
 //! the file and are not looked at.
 
 use super::plan::Item;
+use super::statistics;
 use crate::demo::picture;
 use crate::lab::paths::content_key;
 use anyhow::{Context, Result};
@@ -16,7 +17,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Raised when what is measured changes.
-const FORM: u64 = 1;
+const FORM: u64 = 2;
 
 /// What is counted rather than timed. What could not be counted is absent.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -70,15 +71,12 @@ impl OtherEnd {
     }
 }
 
-/// What one measurement has shown.
+/// What one move has shown.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Seen {
     /// Longest time between two stamps of the container's stamp thread, milliseconds, offset of the hosts' clocks
     /// taken out.
     pub gap_ms: f64,
-    /// The same of every move, in order; the middle one counts.
-    #[serde(default)]
-    pub gaps_ms: Vec<f64>,
     /// Largest error of that by the clocks, milliseconds.
     pub clock_error_ms: f64,
     /// How far the destination's clock was ahead, milliseconds.
@@ -93,6 +91,31 @@ pub struct Seen {
     pub summary: Value,
 }
 
+/// What one measurement has shown.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Every move, in order.
+    pub moves: Vec<Seen>,
+}
+
+impl Measured {
+    /// The moves that count: all but the first one, which starts from a container that was just started and not from
+    /// one that was restored. The first one alone if there is no other.
+    pub fn counted(&self) -> &[Seen] {
+        if self.moves.len() > 1 { &self.moves[1..] } else { &self.moves }
+    }
+
+    /// Median of something over the moves that count and have it.
+    pub fn median(&self, of: impl Fn(&Seen) -> Option<f64>) -> Option<f64> {
+        statistics::median(&self.counted().iter().filter_map(of).collect::<Vec<_>>())
+    }
+
+    /// The largest of something in any move.
+    pub fn most(&self, of: impl Fn(&Seen) -> Option<u64>) -> Option<u64> {
+        self.moves.iter().filter_map(of).max()
+    }
+}
+
 /// One line of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
@@ -105,7 +128,7 @@ pub struct Sample {
     /// How long it took in all, seconds.
     pub took: f64,
     /// What it showed, or why it failed.
-    pub outcome: Result<Seen, String>,
+    pub outcome: Result<Measured, String>,
 }
 
 /// The file.
@@ -149,7 +172,7 @@ impl Store {
     }
 
     /// Appends one finished measurement; it is on the disk when this returns.
-    pub fn append(&mut self, item: Item, took: f64, outcome: Result<Seen, String>) -> Result<()> {
+    pub fn append(&mut self, item: Item, took: f64, outcome: Result<Measured, String>) -> Result<()> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
         let sample = Sample { key: self.key.clone(), item, at: now.as_secs_f64(), took, outcome };
         let mut line = serde_json::to_string(&sample)?;
@@ -171,7 +194,7 @@ impl Store {
     }
 
     /// Those that succeeded.
-    pub fn good(&self) -> impl Iterator<Item = (&Item, &Seen)> {
+    pub fn good(&self) -> impl Iterator<Item = (&Item, &Measured)> {
         self.samples.iter().filter_map(|s| Some((&s.item, s.outcome.as_ref().ok()?)))
     }
 }
@@ -222,14 +245,14 @@ mod tests {
         let scratch = Scratch::new("goes-on");
         let path = scratch.0.join("samples.jsonl");
         let mut first = Store::open(&path, "k").unwrap();
-        first.append(item(0), 1.0, Ok(Seen { gap_ms: 5.0, ..Seen::default() })).unwrap();
+        first.append(item(0), 1.0, Ok(Measured::default())).unwrap();
         first.append(item(1), 1.0, Err("the node went away".into())).unwrap();
         // Killed in the middle of a line.
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"key\":\"k\",\"rou").unwrap();
 
         let mut second = Store::open(&path, "k").unwrap();
         assert!(second.has(&item(0)) && !second.has(&item(1)) && !second.has(&item(2)));
-        second.append(item(1), 1.0, Ok(Seen::default())).unwrap();
+        second.append(item(1), 1.0, Ok(Measured::default())).unwrap();
         let third = Store::open(&path, "k").unwrap();
         assert!(third.has(&item(0)) && third.has(&item(1)));
         assert_eq!(third.good().count(), 2);
@@ -239,7 +262,7 @@ mod tests {
     fn measurements_of_another_build_are_not_mixed_in() {
         let scratch = Scratch::new("builds");
         let path = scratch.0.join("samples.jsonl");
-        Store::open(&path, "old").unwrap().append(item(0), 1.0, Ok(Seen::default())).unwrap();
+        Store::open(&path, "old").unwrap().append(item(0), 1.0, Ok(Measured::default())).unwrap();
         let new = Store::open(&path, "new").unwrap();
         assert!(!new.has(&item(0)));
         assert_eq!(new.foreign, 1);
@@ -256,6 +279,24 @@ mod tests {
         assert_ne!(one, key(std::slice::from_ref(&file), "rate 2").unwrap());
         fs::write(&file, "two").unwrap();
         assert_ne!(one, key(&[file], "rate 1").unwrap());
+    }
+
+    #[test]
+    fn the_first_move_counts_only_if_it_is_the_only_one() {
+        let of = |gaps: &[f64]| {
+            let moves = gaps.iter().map(|&gap_ms| Seen { gap_ms, ..Seen::default() }).collect();
+            Measured { moves }.median(|s| Some(s.gap_ms))
+        };
+        assert_eq!(of(&[90.0, 10.0, 30.0, 20.0]), Some(20.0));
+        assert_eq!(of(&[90.0, 10.0, 20.0]), Some(15.0));
+        assert_eq!((of(&[90.0]), of(&[])), (Some(90.0), None));
+    }
+
+    #[test]
+    fn the_most_of_any_move_is_told_the_first_one_included() {
+        let seen = |n| Seen { counts: Counts { mappings: n, ..Counts::default() }, ..Seen::default() };
+        let measured = Measured { moves: vec![seen(Some(9)), seen(None), seen(Some(3))] };
+        assert_eq!(measured.most(|s| s.counts.mappings), Some(9));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::clocks;
 use super::counts;
 use super::measure::{self, Load};
 use super::plan::Item;
-use super::samples::Seen;
+use super::samples::Measured;
 use crate::lab::node::Running;
 use crate::lab::paths::Paths;
 use crate::lab::{Lab, deploy};
@@ -29,7 +29,7 @@ const READ: &str = "cat /usr/sbin/criu /usr/sbin/runc /usr/bin/python3 /usr/loca
 pub struct Warm<'a> {
     /// The move.
     pub item: Item,
-    /// As in the measurements.
+    /// As in the measurements, but for the number of moves.
     pub load: &'a Load,
 }
 
@@ -110,7 +110,7 @@ impl Session {
     }
 
     /// Makes one measurement.
-    pub fn measure(&mut self, item: &Item, load: &Load) -> Result<Seen> {
+    pub fn measure(&mut self, item: &Item, load: &Load) -> Result<Measured> {
         let mut ctx = Context::new(&self.lab, LIMIT + MOVE * u32::from(load.moves))?;
         measure::measure(&mut ctx, item, load, self.counting)
     }
@@ -129,13 +129,13 @@ impl Session {
         self.prepare()
     }
 
-    /// One move that does not count: the first one on fresh nodes reads every program from the disk.
+    /// Moves there and back that do not count: the first ones on fresh nodes read every program from the disk.
     fn warm_up(&mut self, warm: &Warm) -> Result<()> {
         for node in self.lab.nodes()? {
             node.sh(READ)?;
         }
-        println!("bench: a move to warm up, ({}) {}", warm.item.variant.letter(), warm.item.cell);
-        if let Err(e) = self.measure(&warm.item, warm.load) {
+        println!("bench: there and back to warm up, ({}) {}", warm.item.variant.letter(), warm.item.cell);
+        if let Err(e) = self.measure(&warm.item, &Load { moves: 2, ..warm.load.clone() }) {
             println!("bench: it failed: {e:#}");
             self.reset()?;
         }

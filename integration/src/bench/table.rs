@@ -88,6 +88,7 @@ pub fn pauses(report: &Report) -> Grid {
         "n",
         "pause by stamps, ms",
         "against (a)",
+        "first move, ms",
         "other end, ms",
         "own pause, ms",
         "own frozen, ms",
@@ -109,6 +110,7 @@ pub fn pauses(report: &Report) -> Grid {
             row.gap_ms.n.to_string(),
             ms(&row.gap_ms),
             row.extra_share.as_ref().map_or("–".into(), percent),
+            short_ms(&row.first_ms),
             short_ms(&row.other_end_ms),
             short_ms(&row.own_pause_ms),
             short_ms(&row.own_frozen_ms),
@@ -167,7 +169,8 @@ pub fn figures(report: &Report) -> Grid {
 pub fn legend(report: &Report) -> Vec<String> {
     let error = report.rows.iter().map(|r| r.clock_error_ms).fold(0.0, f64::max);
     vec![
-        "Median [bootstrap 95 % interval] over rounds; against (a): with the mean of the (a) measured before and after it. A time whose interval is \
+        "Median [bootstrap 95 % interval] over rounds, of each measurement the median of its moves but the first, which is \
+         told in a column of its own; against (a): with the mean of the (a) measured before and after it. A time whose interval is \
          wider than ± 5 %, or that has fewer than 6 rounds, is marked as not resolved."
             .into(),
         format!(
