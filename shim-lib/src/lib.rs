@@ -21,6 +21,7 @@
 //! | [`tables`], [`convert`], [`lock`] | virtual and physical numbers; work requests; the queues' lock |
 //! | [`provider`], [`helper_qp`] | what is known of Soft-RoCE; raising an event |
 //! | [`backing`] | registered memory lies in files that can be copied while it is in use |
+//! | [`scratch`] | memory for what is only sent away |
 //! | [`descriptors`] | a new open file behind a number the application knows |
 //! | [`control`] | the thread that talks to the agent |
 #![allow(missing_debug_implementations, reason = "shadow objects are C memory; their ids are in the messages")]
@@ -53,5 +54,6 @@ mod readable;
 mod readers;
 mod real;
 mod registry;
+mod scratch;
 mod srq;
 mod tables;

@@ -144,6 +144,8 @@ impl<'a> Run<'a> {
         let last = LastRound { over: Some(Mutex::new(over)), pace: Pace::default() };
         let done = thread::scope(|scope| {
             let round = || {
+                // Encrypting what has changed takes longer than finding it.
+                let _keeper = last.pace.keeper();
                 // Whoever waits for it has gone: its own error ended the migration.
                 let _ = told.send(line.round(&found, &mut known, &last.pace));
             };

@@ -136,7 +136,8 @@ fn move_once(stage: &mut Stage, item: &Item, load: &Load, counting: bool, from: 
     if counting {
         stage.ctx.nodes().into_iter().try_for_each(counts::forget)?;
     }
-    let clocks = || anyhow::Ok((clocks::ask(&here, &there)?, if rdma { Some(clocks::ask(&here, &peer)?) } else { None }));
+    let clocks =
+        || anyhow::Ok((clocks::ask(&here, &there)?, if rdma { Some(clocks::ask(&here, &peer)?) } else { None }));
     let before = clocks()?;
     let mut options = strs(&load.migrate_options);
     if item.variant == Variant::C {

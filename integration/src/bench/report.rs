@@ -140,7 +140,8 @@ impl Group<'_> {
             let near: Vec<f64> = all.iter().take(2).filter_map(|a| a.measured.median(&of)).collect();
             (!near.is_empty()).then(|| near.iter().sum::<f64>() / near.len() as f64)
         };
-        let pairs: Vec<_> = self.all.iter().filter_map(|one| Some((next_to(one)?, one.measured.median(&of)?))).collect();
+        let pairs: Vec<_> =
+            self.all.iter().filter_map(|one| Some((next_to(one)?, one.measured.median(&of)?))).collect();
         statistics::relative_difference(&pairs)
     }
 

@@ -9,7 +9,6 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use rdma_virt::id::ObjId;
-use rdma_virt::msg::Reply;
 
 use super::session::{Migration, Refused};
 use super::{drain, note, report, unread};
@@ -73,8 +72,8 @@ impl Epoch {
     }
 }
 
-/// See [`rdma_virt::msg::Request::Freeze`].
-pub fn freeze(migration: &mut Migration) -> Result<Reply, Refused> {
+/// See [`rdma_virt::msg::Request::Freeze`]. What is reported then is not kept, and made by whoever sends it.
+pub fn freeze(migration: &mut Migration) -> Result<(), Refused> {
     if !migration.moving {
         return Err(Refused::new("the process has not been suspended as a whole"));
     }
@@ -103,5 +102,5 @@ pub fn freeze(migration: &mut Migration) -> Result<Reply, Refused> {
         let unread = channels.filter(|c| !c.is_dead() && is_readable(c.fd())).map(|c| c.id).collect();
         migration.frozen = Some(Frozen { views, unread, made_anew: false });
     }
-    Ok(Reply::State(Box::new(report::process()?)))
+    Ok(())
 }

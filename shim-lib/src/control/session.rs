@@ -16,6 +16,7 @@ use super::wire::{Conn, WireError};
 use super::{adopt, drain, freeze, note, peer, report, resume, suspend, unread};
 use crate::gate;
 use crate::qp::ShadowQp;
+use crate::scratch;
 
 /// What the control thread does after an answer.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,6 +27,13 @@ pub enum Next {
     Reconnect,
     /// The process is about to be written down: no connection until the epoch changes.
     AwaitEpoch(Epoch),
+}
+
+/// What a request is answered with.
+enum Told {
+    Reply(Reply),
+    /// All that this process has.
+    Everything,
 }
 
 /// Why a request was not carried out, in one sentence.
@@ -158,16 +166,30 @@ impl Session {
     /// Answers one request. An error is the connection's, not the request's.
     pub fn answer(&mut self, asked: ToShim, conn: &Conn) -> Result<Next, WireError> {
         let is_freeze = matches!(asked.request, Request::Freeze);
-        let reply = match asked.migration {
-            None if matches!(asked.request, Request::Report) => report::process().map(|s| Reply::State(Box::new(s))),
+        let told = match asked.migration {
+            None if matches!(asked.request, Request::Report) => Ok(Told::Everything),
             None => Err(Refused::new("the request names no migration")),
             Some(id) => self.in_migration(id, asked.request, conn),
         };
-        let reply = reply.unwrap_or_else(|refused| Reply::Refused { why: refused.0 });
-        // Taken before the answer: after it the agent may change the file at any time, and a dump may begin.
-        let epoch = (is_freeze && matches!(reply, Reply::State(_))).then(Epoch::now);
-        conn.send(&FromShim { seq: asked.seq, reply })?;
-        Ok(epoch.map_or(Next::Serve, Next::AwaitEpoch))
+        let say = |reply| FromShim { seq: asked.seq, reply };
+        let refuse = |refused: Refused| Reply::Refused { why: refused.0 };
+        match told {
+            Ok(Told::Reply(reply)) => conn.send(&say(reply))?,
+            Err(refused) => conn.send(&say(refuse(refused)))?,
+            Ok(Told::Everything) => {
+                // Taken before the answer: after it the agent may change the file at any time, and a dump may begin.
+                let epoch = is_freeze.then(Epoch::now);
+                let reported = scratch::within(|| {
+                    let reply = report::process().map_or_else(refuse, |state| Reply::State(Box::new(state)));
+                    let reported = matches!(reply, Reply::State(_));
+                    conn.send(&say(reply)).map(|()| reported)
+                })?;
+                if let Some(epoch) = epoch.filter(|_| reported) {
+                    return Ok(Next::AwaitEpoch(epoch));
+                }
+            }
+        }
+        Ok(Next::Serve)
     }
 
     /// The migration a request is about; begins it if the request may.
@@ -180,28 +202,28 @@ impl Session {
         self.current.as_mut().ok_or_else(|| Refused::new("no such migration is under way here"))
     }
 
-    fn in_migration(&mut self, id: MigrationId, request: Request, conn: &Conn) -> Result<Reply, Refused> {
+    fn in_migration(&mut self, id: MigrationId, request: Request, conn: &Conn) -> Result<Told, Refused> {
         if matches!(request, Request::Report) {
             // Also how the agent says that a peer which waits for long is not forgotten.
             if let Some(current) = self.current.as_mut().filter(|m| m.id == id) {
                 current.heard = Instant::now();
             }
-            return report::process().map(|s| Reply::State(Box::new(s)));
+            return Ok(Told::Everything);
         }
         if let Some(current) = &self.current
             && current.id != id
         {
             // Another one's abort has nothing to undo here.
             let abort = matches!(request, Request::Abort);
-            return Ok(if abort { Reply::GoesOn { held: 0 } } else { Reply::Busy { by: current.id } });
+            return Ok(Told::Reply(if abort { Reply::GoesOn { held: 0 } } else { Reply::Busy { by: current.id } }));
         }
         if let Some(current) = &mut self.current {
             current.heard = Instant::now();
         }
         if let Some(reply) = self.repeated(id, &request) {
-            return Ok(reply);
+            return Ok(Told::Reply(reply));
         }
-        match request {
+        let reply = match request {
             Request::Report => Err(Refused::new("answered above")),
             Request::Prepare { qps } => peer::prepare(self.enter(id), &qps),
             Request::Connect { links } => peer::connect(self.under_way()?, &links),
@@ -214,7 +236,7 @@ impl Session {
                     Drained::Interrupted => Err(Refused::new("another request came before the drain ended")),
                 }
             }
-            Request::Freeze => freeze::freeze(self.under_way()?),
+            Request::Freeze => return freeze::freeze(self.under_way()?).map(|()| Told::Everything),
             Request::Adopt(state) => adopt::adopt(self.under_way()?, &state).map(|keys| Reply::Adopted { keys }),
             Request::Rebuild(asked) => rebuild::rebuild(self.under_way()?, &asked),
             Request::Switch { links, tables } => peer::switch(self.under_way()?, &links, &tables),
@@ -224,7 +246,8 @@ impl Session {
                 Some(migration) => peer::unprepare(migration),
                 None => Ok(Reply::Done),
             },
-        }
+        };
+        reply.map(Told::Reply)
     }
 
     /// What an agent asks that took up a migration after another one, which had ended before it could note that everybody
