@@ -66,6 +66,7 @@ impl Drop for Inside {
         let base = BASE.load(Ordering::Relaxed);
         // Pairs with the release by whoever gave the last one back.
         if base != 0 && LIVE.load(Ordering::Acquire) == 0 {
+            // First: whom the kernel gives the same place afterwards must not take it for ours.
             BASE.store(0, Ordering::Release);
             // SAFETY: made by `map`; nothing that was given out of it is in use any more.
             unsafe { libc::munmap(base as *mut libc::c_void, SIZE) };

@@ -132,13 +132,15 @@ impl Run<'_> {
         // The container stands still until the destination hears of it: everything else begins behind that.
         let (told, released, ending) = thread::scope(|scope| {
             let mut ending = None;
-            let told = self.tell_destination(|| {
+            let change_over = || {
                 if let Some(keys) = &early {
                     scope.spawn(|| self.change_over(keys));
                 }
-                // Our tasks stand still in their cgroup and end there; nobody need wait for that.
-                ending = thread::Builder::new().name("end".into()).spawn(accept).ok();
-            });
+            };
+            // Our tasks stand still in their cgroup and end there. That is work, all of the kernel's objects go with them,
+            // and nobody waits for it.
+            let end = || ending = thread::Builder::new().name("end".into()).spawn(accept).ok();
+            let told = self.tell_destination(change_over, end);
             (told, Instant::now(), ending)
         });
         self.effects.ending = ending;
@@ -193,14 +195,16 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// `behind` is run once: when the order is on its way, or could not be sent the first time.
-    pub(super) fn tell_destination(&self, behind: impl FnOnce()) -> Result<(), Stop> {
-        let mut behind = Some(behind);
+    /// `behind` is run once: when the order is on its way, or could not be sent the first time. So is `then`: when it was
+    /// answered, or was not the first time.
+    pub(super) fn tell_destination(&self, behind: impl FnOnce(), then: impl FnOnce()) -> Result<(), Stop> {
+        let (mut behind, mut then) = (Some(behind), Some(then));
         let mut begin = || behind.take().into_iter().for_each(|behind| behind());
         Self::again(self, "letting the tasks run on the destination", |run| {
             let deadline = run.answer_time() * 2;
             let told = run.world.call_and_meanwhile(&run.to, run.id, Order::Commit, deadline, &mut begin);
             begin();
+            then.take().into_iter().for_each(|then| then());
             told.map(drop).map_err(Stop::from)
         })
     }

@@ -144,8 +144,6 @@ impl<'a> Run<'a> {
         let last = LastRound { over: Some(Mutex::new(over)), pace: Pace::default() };
         let done = thread::scope(|scope| {
             let round = || {
-                // Encrypting what has changed takes longer than finding it.
-                let _keeper = last.pace.keeper();
                 // Whoever waits for it has gone: its own error ended the migration.
                 let _ = told.send(line.round(&found, &mut known, &last.pace));
             };
@@ -285,6 +283,9 @@ impl Line<'_> {
                 });
             }
             drop(results);
+            // To encrypt what has changed takes longer than to find it. (Not sooner: those threads would inherit the pace, and
+            // keep it.)
+            let _keeper = pace.keeper();
             for (at, (mut diff, whole)) in compared {
                 if pace.is_over() {
                     return Err(Stop::Failed("it is not wanted any more".into()));

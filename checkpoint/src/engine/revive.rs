@@ -537,7 +537,7 @@ impl Run<'_> {
             image: Some(FromImage { series, origins }),
         };
         self.decide(&forward)?;
-        self.tell_destination(|| ())?;
+        self.tell_destination(|| (), || ())?;
         self.timeline.released(Instant::now());
         Ok(())
     }

@@ -361,7 +361,7 @@ impl<'a> Run<'a> {
     pub(super) fn forward_again(&mut self) -> Result<(), Stop> {
         self.kill_what_is_left();
         if !self.record.resumed {
-            self.tell_destination(|| ())?;
+            self.tell_destination(|| (), || ())?;
             self.phase(Phase::Switch, Self::switch)?;
             self.phase(Phase::Resume, Self::resume)?;
         }
