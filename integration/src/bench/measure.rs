@@ -136,15 +136,14 @@ fn move_once(stage: &mut Stage, item: &Item, load: &Load, counting: bool, from: 
     if counting {
         stage.ctx.nodes().into_iter().try_for_each(counts::forget)?;
     }
-    let clocks =
-        || anyhow::Ok((clocks::ask(&here, &there)?, if rdma { Some(clocks::ask(&here, &peer)?) } else { None }));
-    let before = clocks()?;
+    let ask = || anyhow::Ok((clocks::ask(&here, &there)?, rdma.then(|| clocks::ask(&here, &peer)).transpose()?));
+    let before = ask()?;
     let mut options = strs(&load.migrate_options);
     if item.variant == Variant::C {
         options.push("--no-pre-setup");
     }
     let summary = stage.migrate_with(MOVED, to, &options)?;
-    let after = clocks()?;
+    let after = ask()?;
     let to_destination = Offset { before: before.0, after: after.0 };
     let to_peer = before.1.zip(after.1).map(|(before, after)| Offset { before, after });
     stage.flow(MOVED, if rdma { 100 } else { 1 })?;

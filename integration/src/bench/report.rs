@@ -36,7 +36,7 @@ pub struct Row {
     pub set_up_share: Option<Estimate>,
     /// Operations per second from the begin of the move to the pause, over those before.
     pub throughput_share: Option<Estimate>,
-    /// Counts, the largest of all rounds.
+    /// Counts, the largest of any move.
     pub mappings: Option<u64>,
     pub transferred_bytes: Option<u64>,
     pub pre_copied_bytes: Option<u64>,
@@ -150,10 +150,9 @@ impl Group<'_> {
         statistics::estimate(&values)
     }
 
-    /// Of the first moves, where there are others.
-    fn first(&self, of: impl Fn(&Seen) -> Option<f64>) -> Option<Estimate> {
-        let several = self.all.iter().map(|o| &o.measured.moves).filter(|moves| moves.len() > 1);
-        statistics::estimate(&several.filter_map(|moves| of(&moves[0])).collect::<Vec<_>>())
+    /// Of the moves that do not count.
+    fn apart(&self, of: impl Fn(&Seen) -> Option<f64>) -> Option<Estimate> {
+        statistics::estimate(&self.all.iter().filter_map(|o| of(o.measured.apart()?)).collect::<Vec<_>>())
     }
 
     fn most(&self, of: impl Fn(&Seen) -> Option<u64>) -> Option<u64> {
@@ -242,7 +241,7 @@ fn row(group: &Group, all: &[Group]) -> Row {
         cell: group.cell,
         gap_ms: group.estimate(gap).unwrap_or(Estimate { median: f64::NAN, low: f64::NAN, high: f64::NAN, n: 0 }),
         extra_share: extra,
-        first_ms: group.first(gap),
+        first_ms: group.apart(gap),
         other_end_ms: group.estimate(|s| Some(s.other_end.as_ref()?.extra_ms())),
         own_pause_ms: own("pause_seconds").filter(|_| rdma),
         own_frozen_ms: own("frozen_seconds"),

@@ -99,10 +99,15 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// The moves that count: all but the first one, which starts from a container that was just started and not from
-    /// one that was restored. The first one alone if there is no other.
+    /// The move that does not count where there are others: the first one, of a container that was just started and not
+    /// restored.
+    pub fn apart(&self) -> Option<&Seen> {
+        self.moves.first().filter(|_| self.moves.len() > 1)
+    }
+
+    /// The moves that count.
     pub fn counted(&self) -> &[Seen] {
-        if self.moves.len() > 1 { &self.moves[1..] } else { &self.moves }
+        &self.moves[usize::from(self.apart().is_some())..]
     }
 
     /// Median of something over the moves that count and have it.

@@ -182,9 +182,9 @@ pub fn legend(report: &Report) -> Vec<String> {
             .into(),
         "own pause: first held send until all are free again. own frozen: freeze until the tasks run again.".into(),
         "made in pause: driver calls on destination and peer that make a context, PD, CQ, QP, SRQ or MR between the \
-         first held send and the last release, counted by the nodes' kernels; most of all rounds."
+         first held send and the last release, counted by the nodes' kernels; most of any move, the first ones included."
             .into(),
-        "mappings: lines of /proc/PID/maps before the move. pre-copied, sent: bytes of image that went over before the pause and in it.".into(),
+        "mappings: lines of /proc/PID/maps before the move. pre-copied, sent: bytes of image that went over before the pause and in it, the most of any move, the first ones included.".into(),
         "instructions in pause: what the source executes from the freeze until the image is there, and the destination from \
          then on until the container runs, counted by QEMU. A busy machine does not change it; but not all instructions \
          take equally long."
