@@ -38,12 +38,15 @@ use crate::record::{read_json, replace_json_unflushed, write_json};
 
 /// Name of the note in an image's directory.
 const NOTE: &str = "prepared.json";
+/// Name of a file beside it: the tasks were about to run. The note itself is not written anew, for that is inside the pause,
+/// and it has a part for each queue pair.
+const DECIDED: &str = "decided";
 /// Name of the monitor's socket there.
 const DOOR: &str = "door.sock";
 /// Name of the file with the id of the container that is being restored: there is no note before that is done.
 const BEGUN: &str = "restores";
 /// Version of the note's format.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// Where the monitor of an image in `dir` waits.
 pub(super) fn door(dir: &Path) -> std::path::PathBuf {
@@ -132,9 +135,19 @@ impl Note {
                 "{} has version {version}, and this migrrdma knows {VERSION}; start the one that wrote it",
                 dir.join(NOTE).display()
             )),
-            note => Ok(note),
+            Some(note) => {
+                let decided = note.decided || dir.join(DECIDED).exists();
+                Ok(Some(Note { decided, ..note }))
+            }
+            None => Ok(None),
         }
     }
+}
+
+/// Adds to the note in `dir` that the tasks are about to run.
+pub(super) fn mark_decided(dir: &Path) -> Result<(), String> {
+    let path = dir.join(DECIDED);
+    fs::write(&path, "").map_err(|e| format!("cannot write {}: {e}", path.display()))
 }
 
 /// A container whose tasks run already.
@@ -265,6 +278,9 @@ mod tests {
             assert_eq!(read.decided, decided);
             assert_eq!(read, stage);
         }
+        note().write(dir.path()).unwrap();
+        mark_decided(dir.path()).unwrap();
+        assert!(Note::read(dir.path()).unwrap().unwrap().decided, "beside the note is as good as in it");
     }
 
     #[test]
@@ -272,7 +288,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         Note { version: VERSION + 1, ..note() }.write(dir.path()).unwrap();
         let why = Note::read(dir.path()).unwrap_err();
-        assert!(why.contains("version 4"), "{why}");
+        assert!(why.contains("version 5"), "{why}");
         fs::write(dir.path().join(NOTE), "{").unwrap();
         assert!(Note::read(dir.path()).is_err());
     }

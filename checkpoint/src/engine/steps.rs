@@ -210,7 +210,11 @@ impl Arrival {
                 wire.up().map_err(|e| format!("the container's network: {e}"))?;
             }
             agent.doors.bump(&container).map_err(|e| format!("the container's directory: {e}"))?;
-            self.write_down(&store, held.init(), Note::decided)?;
+            match store.somebody_elses() {
+                // That is flushed.
+                Some(_) => self.write_down(&store, held.init(), Note::decided)?,
+                None => prepared::mark_decided(store.dir())?,
+            }
             held.release().map_err(|e| format!("letting the tasks run: {e}"))
         };
         if let Err(why) = run() {

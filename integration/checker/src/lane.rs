@@ -59,7 +59,6 @@ pub struct Lane {
     pub chain: Chain,
     batch: SendBatch,
     scribble: Vec<(u16, u32)>,
-    done: Vec<Pending>,
     fault: Option<(Fault, u64)>,
 }
 
@@ -108,7 +107,6 @@ impl Lane {
             chain: Chain::default(),
             batch: SendBatch::default(),
             scribble: Vec::new(),
-            done: Vec::new(),
             fault: w.self_test.filter(|_| faulty).map(|f| (f, w.self_test_at)),
         }
     }
@@ -389,11 +387,13 @@ impl Lane {
     }
 
     fn retire(&mut self, link: &Link, wc: &Wc, stats: &Stats, fail: &mut impl FnMut(String)) {
-        let mut done = std::mem::take(&mut self.done);
-        match self.tracker.complete(wc.wr_id) {
-            Ok(all) => done.extend(all),
-            Err(e) => fail(format!("{link}: {e}")),
-        }
+        let done: Vec<Pending> = match self.tracker.complete(wc.wr_id) {
+            Ok(all) => all.collect(),
+            Err(e) => {
+                fail(format!("{link}: {e}"));
+                Vec::new()
+            }
+        };
         if let Some(own) = done.last() {
             if own.opcode != wc.opcode {
                 fail(format!(
@@ -410,11 +410,10 @@ impl Lane {
                 ));
             }
         }
-        for p in done.drain(..) {
+        for p in done {
             self.verify(link, &p, stats, fail);
             self.free.extend(p.buffer);
         }
-        self.done = done;
     }
 
     fn verify(&mut self, link: &Link, p: &Pending, stats: &Stats, fail: &mut impl FnMut(String)) {

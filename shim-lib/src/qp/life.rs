@@ -15,7 +15,7 @@ use rdma_virt::sendq::{Polled, SendQ};
 
 use super::modify::Remembered;
 use super::notices::Notices;
-use super::send::{Core, Scratch};
+use super::send::Core;
 use super::{Links, MAGIC, RealQp, ShadowQp, builder};
 use crate::abi::{ibv_ece, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap, ibv_qp_ex, ibv_qp_init_attr, qp_mask, qp_type};
 use crate::cq::{self, ShadowCq};
@@ -167,7 +167,6 @@ fn adopt(
             post_send: real_ops.post_send,
             post_recv: real_ops.post_recv,
             remote_keys: None,
-            scratch: Scratch::default(),
         }),
         polled: Polled::default(),
         remembered: Mutex::new(Remembered::default()),

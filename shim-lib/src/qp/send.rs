@@ -3,7 +3,7 @@
 //! every later one goes by the new stage.
 #![expect(unsafe_code, reason = "C lists of work requests")]
 
-use std::mem::zeroed;
+use std::mem::{MaybeUninit, zeroed};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::time::Instant;
@@ -22,6 +22,8 @@ use crate::tables::{LocalKeys, RemoteKeys};
 
 /// Work requests posted by one call of the library when they have to be copied.
 const CHUNK: usize = 16;
+/// SGEs of all of these together. One request that has more is posted by itself.
+const ELEMENTS: usize = 64;
 
 pub(crate) type PostSend = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int;
 pub(crate) type PostRecv = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int;
@@ -34,18 +36,10 @@ pub(crate) struct Core {
     pub post_send: Option<PostSend>,
     pub post_recv: Option<PostRecv>,
     pub remote_keys: Option<Arc<RemoteKeys>>,
-    pub scratch: Scratch,
 }
 
 // SAFETY: pointers to objects of the library, used under the lock.
 unsafe impl Send for Core {}
-
-/// Room for translated copies, so that posting allocates only the first time a QP needs them.
-#[derive(Default)]
-pub(crate) struct Scratch {
-    wrs: Vec<ibv_send_wr>,
-    sges: Vec<ibv_sge>,
-}
 
 fn is_signalled(wr: &ibv_send_wr, sig_all: bool) -> bool {
     sig_all || wr.send_flags & send_flags::SIGNALED != 0
@@ -96,7 +90,7 @@ impl ShadowQp {
         if copy {
             let to = Target { real: core.real, post, remote: core.remote_keys.as_deref(), keys: &self.ctx().keys };
             // SAFETY: as above.
-            return unsafe { post_copies(&to, &mut core.scratch, &mut passing, self.sq_sig_all, wr, bad) };
+            return unsafe { post_copies(&to, &mut passing, self.sq_sig_all, wr, bad) };
         }
         let mut failed = null_mut();
         // SAFETY: the real QP of a live shadow; the caller's list.
@@ -316,43 +310,61 @@ struct Target<'a> {
     keys: &'a LocalKeys,
 }
 
-/// Posts translated copies, a chunk at a time.
+/// Posts translated copies, a chunk at a time. They lie on the stack: memory of each QP's own would be written by every
+/// post, and a process with many QPs would have all of it to copy when it moves.
 #[cold]
 unsafe fn post_copies(
     to: &Target<'_>,
-    scratch: &mut Scratch,
     passing: &mut Passing<'_>,
     sig_all: bool,
     mut wr: *mut ibv_send_wr,
     bad: *mut *mut ibv_send_wr,
 ) -> c_int {
+    let mut copies = [const { MaybeUninit::<ibv_send_wr>::uninit() }; CHUNK];
+    let mut elements = [const { MaybeUninit::<ibv_sge>::uninit() }; ELEMENTS];
+    let element: *mut ibv_sge = elements.as_mut_ptr().cast();
+    // Of one request that has more.
+    let mut many: Vec<ibv_sge> = Vec::new();
     while !wr.is_null() {
         let mut originals = [null_mut(); CHUNK];
-        let mut n = 0;
-        scratch.wrs.clear();
-        scratch.sges.clear();
+        let (mut n, mut used) = (0, 0);
         while n < CHUNK && !wr.is_null() {
             // SAFETY: the caller's list.
             let mut copy = unsafe { *wr };
             // SAFETY: the caller's SGEs.
             let list = unsafe { sges(copy.sg_list, copy.num_sge) };
-            // Offsets for now: the list of SGEs may still move while it grows.
-            copy.sg_list = std::ptr::without_provenance_mut(scratch.sges.len());
-            scratch.sges.extend(list.iter().map(|s| ibv_sge { lkey: to.keys.physical(VLkey(s.lkey)).0, ..*s }));
+            let translated = list.iter().map(|s| ibv_sge { lkey: to.keys.physical(VLkey(s.lkey)).0, ..*s });
+            let fits = list.len() <= ELEMENTS - used;
+            if fits {
+                // SAFETY: there is room for so many from here on.
+                copy.sg_list = unsafe { element.add(used) };
+                for one in translated {
+                    // SAFETY: as above.
+                    unsafe { element.add(used).write(one) };
+                    used += 1;
+                }
+            } else if n == 0 {
+                many.clear();
+                many.extend(translated);
+                copy.sg_list = many.as_mut_ptr();
+            } else {
+                break;
+            }
             translate(to.remote, to.keys, &mut copy);
-            scratch.wrs.push(copy);
+            copy.next = null_mut();
+            copies[n].write(copy);
             originals[n] = wr;
             n += 1;
             // SAFETY: the caller's list.
             wr = unsafe { (*wr).next };
-        }
-        let (wrs, list) = (scratch.wrs.as_mut_ptr(), scratch.sges.as_mut_ptr());
-        for i in 0..n {
-            // SAFETY: i < n; offsets were taken from the length of the list.
-            unsafe {
-                (*wrs.add(i)).sg_list = list.add((*wrs.add(i)).sg_list.addr());
-                (*wrs.add(i)).next = if i + 1 < n { wrs.add(i + 1) } else { null_mut() };
+            if !fits {
+                break;
             }
+        }
+        let wrs: *mut ibv_send_wr = copies.as_mut_ptr().cast();
+        for i in 1..n {
+            // SAFETY: both were written above.
+            unsafe { (*wrs.add(i - 1)).next = wrs.add(i) };
         }
         let mut failed = null_mut();
         // SAFETY: a list just built; the real QP of a live shadow.
@@ -363,7 +375,8 @@ unsafe fn post_copies(
             // SAFETY: the library names an entry of the list it was given.
             usize::try_from(unsafe { failed.offset_from(wrs) }).unwrap_or(0).min(n)
         };
-        for wr in &scratch.wrs[..taken] {
+        // SAFETY: taken <= n, and n were written.
+        for wr in unsafe { std::slice::from_raw_parts(wrs, taken) } {
             passing.posted(wr.opcode, is_signalled(wr, sig_all));
         }
         if answer != 0 {

@@ -283,7 +283,7 @@ impl Srq {
     }
 }
 
-/// RECVs to be posted as one chain; keeps its storage.
+/// RECVs to be posted as one chain. It gives its storage back with every post, as [`super::SendBatch`] does.
 #[derive(Default)]
 pub struct RecvBatch {
     wrs: Vec<ib::ibv_recv_wr>,
@@ -333,8 +333,7 @@ impl RecvBatch {
             // SAFETY: as above.
             None => unsafe { ib::ibv_post_recv(qp.ptr, first, &raw mut bad) },
         };
-        self.wrs.clear();
-        self.sges.clear();
+        *self = Self::default();
         check("ibv_post_recv", rc)
     }
 }
