@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use checkpoint::criu::rpc::{Criu_opts, Criu_page_server_info};
@@ -19,6 +20,7 @@ use crate::criu_plan::{self, Common, Directories, MASK};
 use crate::gate::Gate;
 use crate::inject::HostPaths;
 use crate::mountinfo::Mounts;
+use crate::pending::{self, Owed};
 use crate::seal::{self, Seal};
 use crate::store::{self, ContainerHandle};
 use crate::tmpfs::{self, Tmpfs};
@@ -102,6 +104,9 @@ pub struct ImageFacts {
     /// Mount points over sysfs that are mounts from outside.
     #[serde(default)]
     pub shown: Vec<String>,
+    /// Pending signals that are not in CRIU's image.
+    #[serde(default)]
+    pub signals: Vec<Owed>,
     /// The files of the image itself.
     #[serde(default)]
     pub seal: Seal,
@@ -167,6 +172,7 @@ pub fn dump(handle: ContainerHandle, options: &DumpOptions, gate: &mut dyn Gate)
         sizes: BTreeMap::new(),
         tmpfs,
         shown,
+        signals: Vec::new(),
         seal: Seal::new(),
     };
     if !options.pre_dump && !facts.shown.is_empty() {
@@ -219,8 +225,14 @@ fn handle_after(handle: ContainerHandle, was_paused: bool) -> Result<()> {
     Ok(())
 }
 
-/// Writes what CRIU does not keep, with the tasks standing still.
-fn write_facts(handle: &ContainerHandle, dir: &Path, keys: &[String], mut facts: ImageFacts) -> Result<()> {
+/// Writes what CRIU does not keep, with the tasks standing still. CRIU was `started` then.
+fn write_facts(
+    handle: &ContainerHandle,
+    dir: &Path,
+    keys: &[String],
+    mut facts: ImageFacts,
+    started: Instant,
+) -> Result<()> {
     let outside = facts.outside.iter().map(|(key, _)| key);
     let files: Vec<&String> = keys.iter().chain(outside).filter(|key| key.starts_with("file[")).collect();
     if !files.is_empty() {
@@ -235,6 +247,8 @@ fn write_facts(handle: &ContainerHandle, dir: &Path, keys: &[String], mut facts:
     }
     stdio::write(dir, keys)?;
     facts.seal = seal::take(dir)?;
+    // Last: what is sent to the processes from now on is not known where they go.
+    facts.signals = pending::lacking(&handle.cgroup()?.pids()?, dir, || started.elapsed())?;
     store::write_json(&dir.join(FACTS), &facts)
 }
 
@@ -257,13 +271,14 @@ fn run(
 ) -> Result<()> {
     let mut refusal = None;
     let mut status_fd = options.status_fd;
+    let started = Instant::now();
     let mut notify = |told: Notify| -> Verdict {
         let answer = match told.script.as_str() {
             "post-dump" if !options.pre_dump => {
                 let images = &options.common.image_path;
                 keep_memory(handle, options)
                     .and_then(|()| tmpfs::save(&facts.tmpfs, pid, images))
-                    .and_then(|()| write_facts(handle, images, &keys, facts.clone()))
+                    .and_then(|()| write_facts(handle, images, &keys, facts.clone(), started))
                     .and_then(|()| gate.post_dump())
             }
             "status-ready" => tell_ready(status_fd.take()),

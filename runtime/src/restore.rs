@@ -26,7 +26,7 @@ use crate::inject::HostPaths;
 use crate::launch::{self, Prepared};
 use crate::store::{self, ContainerHandle};
 use crate::tmpfs::Laid;
-use crate::{console, debris, destroy, memory, mountpoints, nodes, procfs, seal, shown, stdio};
+use crate::{console, debris, destroy, memory, mountpoints, nodes, pending, procfs, seal, shown, stdio};
 
 /// Log of restores, a name engines know.
 pub const LOG: &str = "restore.log";
@@ -122,6 +122,7 @@ pub fn restore(options: RestoreOptions, gate: &mut dyn Gate) -> Result<Restored>
     if facts.outside.len() > MAX_OUTSIDE || facts.outside.iter().any(|(_, n)| *n > 2) {
         bail!("{} of the image is malformed", crate::dump::FACTS);
     }
+    pending::check(&facts.signals)?;
     let dir = launch::make_state_dir(&options.root, &options.id)?;
     let (id, work) = (options.id.clone(), options.common.work_dir().to_owned());
     let cgroup = Cgroup::for_spec(&prepared.spec, &id, options.systemd_cgroup);
@@ -178,7 +179,7 @@ fn restore_in(
     }
     // The first time nothing is in the image to take its place.
     let shown = shown.filter(|_| facts.shown.is_empty());
-    let ImageFacts { outside, sizes, .. } = facts;
+    let ImageFacts { outside, sizes, signals, .. } = facts;
     let mut stdio_fds = Vec::new();
     for (n, fd) in std::mem::take(&mut options.stdio).into_iter().enumerate() {
         stdio_fds.push(own_or(fd, n)?);
@@ -209,6 +210,8 @@ fn restore_in(
                         .as_deref()
                         .map_or(Ok(()), |dir| shown::mount_into(pid, dir))
                         .and_then(|()| born(&mut handle, pid))
+                        // Nobody takes them before the gate opens, and if they cannot be sent it stays shut.
+                        .and_then(|()| pending::send(&signals, pid, || cgroup.pids()))
                         .and_then(|()| gate.post_restore(pid))
                 }
                 ("orphan-pts-master", _, Some(fd)) => match &options.console_socket {

@@ -23,6 +23,7 @@ mod precopy;
 mod processes;
 mod rebuild;
 pub mod settled;
+mod signals;
 pub mod stage;
 mod surroundings;
 mod switched_off;
@@ -41,6 +42,7 @@ pub const GROUPS: &[&[Scenario]] = &[
     perftest::CLAIMS,
     processes::CLAIMS,
     tmpfs::CLAIMS,
+    signals::CLAIMS,
     precopy::CLAIMS,
     rebuild::CLAIMS,
     failures::CLAIMS,
