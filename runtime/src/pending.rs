@@ -336,7 +336,7 @@ mod tests {
             Owed { pid: -1, ..good.clone() },
             Owed { thread: Some(0), ..good.clone() },
         ] {
-            assert!(check(&[odd.clone()]).is_err(), "{odd:?}");
+            assert!(check(std::slice::from_ref(&odd)).is_err(), "{odd:?}");
         }
         assert!(check(&vec![good; MAX_OWED + 1]).is_err());
     }
