@@ -235,8 +235,9 @@ fn write_facts(
 ) -> Result<()> {
     let outside = facts.outside.iter().map(|(key, _)| key);
     let files: Vec<&String> = keys.iter().chain(outside).filter(|key| key.starts_with("file[")).collect();
+    let pids = handle.cgroup()?.pids()?;
     if !files.is_empty() {
-        for pid in handle.cgroup()?.pids()? {
+        for &pid in &pids {
             for (n, key) in stdio::keys(pid).into_iter().enumerate() {
                 if files.contains(&&key) {
                     let size = fs::metadata(format!("/proc/{pid}/fd/{n}")).map_or(0, |meta| meta.len());
@@ -248,7 +249,7 @@ fn write_facts(
     stdio::write(dir, keys)?;
     facts.seal = seal::take(dir)?;
     // Last: what is sent to the processes from now on is not known where they go.
-    facts.signals = pending::lacking(&handle.cgroup()?.pids()?, dir, || started.elapsed())?;
+    facts.signals = pending::lacking(&pids, dir, || started.elapsed())?;
     store::write_json(&dir.join(FACTS), &facts)
 }
 

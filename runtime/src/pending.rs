@@ -16,6 +16,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use checkpoint::agent::procs;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -139,7 +140,7 @@ impl Status {
     }
 
     fn parse(text: &str) -> Option<Self> {
-        let line = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
+        let line = |name| procs::field(text, name);
         let not_ours = SignalSet::from_iter(NOT_OURS);
         let set = |name| Some(SignalSet(u64::from_str_radix(line(name)?, 16).ok()?).without(not_ours));
         if line("State")?.starts_with(['Z', 'X']) {

@@ -116,7 +116,8 @@ fn inner_pid(status: &str) -> Option<Vpid> {
     field(status, "NSpid")?.split_whitespace().next_back()?.parse().ok().map(Vpid)
 }
 
-fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+/// The line of this name in a `/proc/PID/status`.
+pub fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
     status.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
 }
 

@@ -13,7 +13,7 @@ use rdma_virt::saved::{ProcessState, QpPhase, QpState};
 
 use super::source::{Run, Side, Stop};
 use crate::agent::connecting::End;
-use crate::agent::procs::Process;
+use crate::agent::procs::{self, Process};
 use crate::agent::{LOCAL, facts};
 use crate::net::msg::{Answer, FarEnd, Offer, OfferedProcess, Order};
 
@@ -353,12 +353,12 @@ fn resident(processes: &[Process]) -> Resident {
     for p in processes {
         let text = fs::read_to_string(format!("/proc/{}/status", p.pid)).unwrap_or_default();
         let kib = |key: &str| {
-            text.lines()
-                .find_map(|l| l.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+            procs::field(&text, key)
+                .and_then(|value| value.strip_suffix(" kB")?.trim().parse::<u64>().ok())
                 .unwrap_or(0)
         };
-        sum.private += (kib("RssAnon:") + kib("VmSwap:")) * 1024;
-        sum.shared += kib("RssShmem:") * 1024;
+        sum.private += (kib("RssAnon") + kib("VmSwap")) * 1024;
+        sum.shared += kib("RssShmem") * 1024;
     }
     sum
 }

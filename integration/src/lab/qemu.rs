@@ -165,7 +165,7 @@ pub fn links_reconnect(version: &str) -> bool {
 /// The processor of an emulated node: all that can be emulated, but for what programs take to be quick because the
 /// processor has an instruction for it, and what takes an emulator several times as long as doing without. These are
 /// strings that are copied and cleared byte by byte, AES, whose every round of every 16 bytes is a call, and vectors
-/// beyond SSE2, for whose shuffles that is true as well (encrypting a MiB by ChaCha20: 35 ms with them, 10 without).
+/// beyond SSE2, for whose shuffles that is true as well.
 fn emulated(version: &str) -> String {
     let mut cpu = "max,la57=off,erms=off,fsrm=off,aes=off,vaes=off".to_owned();
     cpu += ",ssse3=off,sse4.1=off,sse4.2=off,avx=off,avx2=off,fma=off,f16c=off";

@@ -22,7 +22,7 @@ use crate::tables::{LocalKeys, RemoteKeys};
 
 /// Work requests posted by one call of the library when they have to be copied.
 const CHUNK: usize = 16;
-/// SGEs of all of these together. One request that has more is posted by itself.
+/// SGEs of all of these together, but for a first one that has more.
 const ELEMENTS: usize = 64;
 
 pub(crate) type PostSend = unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int;
@@ -323,7 +323,7 @@ unsafe fn post_copies(
     let mut copies = [const { MaybeUninit::<ibv_send_wr>::uninit() }; CHUNK];
     let mut elements = [const { MaybeUninit::<ibv_sge>::uninit() }; ELEMENTS];
     let element: *mut ibv_sge = elements.as_mut_ptr().cast();
-    // Of one request that has more.
+    // Of a first request that has more.
     let mut many: Vec<ibv_sge> = Vec::new();
     while !wr.is_null() {
         let mut originals = [null_mut(); CHUNK];
@@ -334,8 +334,7 @@ unsafe fn post_copies(
             // SAFETY: the caller's SGEs.
             let list = unsafe { sges(copy.sg_list, copy.num_sge) };
             let translated = list.iter().map(|s| ibv_sge { lkey: to.keys.physical(VLkey(s.lkey)).0, ..*s });
-            let fits = list.len() <= ELEMENTS - used;
-            if fits {
+            if list.len() <= ELEMENTS - used {
                 // SAFETY: there is room for so many from here on.
                 copy.sg_list = unsafe { element.add(used) };
                 for one in translated {
@@ -351,20 +350,16 @@ unsafe fn post_copies(
                 break;
             }
             translate(to.remote, to.keys, &mut copy);
-            copy.next = null_mut();
             copies[n].write(copy);
             originals[n] = wr;
             n += 1;
             // SAFETY: the caller's list.
             wr = unsafe { (*wr).next };
-            if !fits {
-                break;
-            }
         }
         let wrs: *mut ibv_send_wr = copies.as_mut_ptr().cast();
-        for i in 1..n {
-            // SAFETY: both were written above.
-            unsafe { (*wrs.add(i - 1)).next = wrs.add(i) };
+        for i in 0..n {
+            // SAFETY: i < n, and n were written above.
+            unsafe { (*wrs.add(i)).next = if i + 1 < n { wrs.add(i + 1) } else { null_mut() } };
         }
         let mut failed = null_mut();
         // SAFETY: a list just built; the real QP of a live shadow.
@@ -405,4 +400,103 @@ pub(crate) unsafe extern "C" fn post_send(qp: *mut ibv_qp, wr: *mut ibv_send_wr,
         },
         || libc::EIO,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use rdma_virt::id::{PLkey, PRkey};
+    use rdma_virt::sendq::{Polled, SendQ};
+
+    use super::*;
+
+    /// What came of one call: `wr_id`, and of each SGE address and key.
+    type Posted = Vec<(u64, Vec<(u64, u32)>)>;
+
+    thread_local! {
+        static CALLS: RefCell<Vec<Posted>> = const { RefCell::new(Vec::new()) };
+    }
+
+    const REFUSED: u64 = 1000;
+
+    /// Takes everything up to the request with that number.
+    unsafe extern "C" fn take(_: *mut ibv_qp, mut wr: *mut ibv_send_wr, bad: *mut *mut ibv_send_wr) -> c_int {
+        let mut posted = Posted::new();
+        let mut answer = 0;
+        while !wr.is_null() {
+            // SAFETY: the list and the room of whoever calls.
+            unsafe {
+                if (*wr).wr_id == REFUSED {
+                    *bad = wr;
+                    answer = libc::ENOMEM;
+                    break;
+                }
+                let list = sges((*wr).sg_list, (*wr).num_sge);
+                posted.push(((*wr).wr_id, list.iter().map(|s| (s.addr, s.lkey)).collect()));
+                wr = (*wr).next;
+            }
+        }
+        CALLS.with_borrow_mut(|calls| calls.push(posted));
+        answer
+    }
+
+    /// Posts requests with these numbers, and so many SGEs each. What was posted, call by call, how many were counted, and
+    /// which request was told to be refused.
+    fn post(requests: &[(u64, usize)]) -> (Vec<Posted>, u64, Option<usize>) {
+        let keys = LocalKeys::new();
+        keys.insert(VLkey(7 << 8), PLkey(9 << 8), VRkey(7 << 8), PRkey(9 << 8));
+        let mut lists: Vec<Vec<ibv_sge>> = requests
+            .iter()
+            .map(|(id, n)| (0..*n as u64).map(|i| ibv_sge { addr: id * 100 + i, length: 1, lkey: 7 << 8 }).collect())
+            .collect();
+        // SAFETY: all-zero is a valid work request.
+        let mut wrs: Vec<ibv_send_wr> = requests.iter().map(|_| unsafe { zeroed() }).collect();
+        let first = wrs.as_mut_ptr();
+        for (i, (wr, list)) in wrs.iter_mut().zip(&mut lists).enumerate() {
+            wr.wr_id = requests[i].0;
+            wr.opcode = wr_opcode::SEND;
+            wr.sg_list = list.as_mut_ptr();
+            wr.num_sge = list.len() as c_int;
+            // SAFETY: the next one is in the vector.
+            wr.next = if i + 1 < requests.len() { unsafe { first.add(i + 1) } } else { null_mut() };
+        }
+        let mut gate = Gate::new(SendQ::new(64), None, false);
+        let to = Target { real: null_mut(), post: take, remote: None, keys: &keys };
+        let mut bad = null_mut();
+        let SendPath::Pass(mut passing) = gate.send() else { panic!("it is not suspended") };
+        CALLS.take();
+        // SAFETY: a valid list and room for a pointer.
+        let answer = unsafe { post_copies(&to, &mut passing, true, first, &raw mut bad) };
+        assert_eq!(answer != 0, !bad.is_null());
+        let refused = (0..requests.len()).find(|i| std::ptr::eq(first.wrapping_add(*i), bad));
+        (CALLS.take(), gate.sends().outstanding(&Polled::default()), refused)
+    }
+
+    /// As [`post`] is to hand it on.
+    fn copy((id, n): (u64, usize)) -> (u64, Vec<(u64, u32)>) {
+        (id, (0..n as u64).map(|i| (id * 100 + i, 9 << 8)).collect())
+    }
+
+    #[test]
+    fn copies_are_all_of_what_was_posted_in_order_with_physical_keys_however_many_sges_there_are() {
+        for lens in [vec![1; 40], vec![0], vec![70], vec![1, 70, 2, 64, 3, 65, 65, 1], vec![30; 9]] {
+            let requests: Vec<(u64, usize)> = (1..).zip(lens).collect();
+            let (calls, counted, refused) = post(&requests);
+            assert!(calls.iter().all(|call| (1..=CHUNK).contains(&call.len())));
+            assert_eq!(calls.concat(), requests.iter().map(|r| copy(*r)).collect::<Posted>());
+            assert_eq!((counted, refused), (requests.len() as u64, None));
+        }
+    }
+
+    #[test]
+    fn the_application_is_told_its_own_request_that_was_refused_and_those_before_are_counted() {
+        for before in [0, 3, CHUNK, CHUNK + 5] {
+            let mut requests: Vec<(u64, usize)> = (1..=before as u64).map(|id| (id, 2)).collect();
+            requests.extend([(REFUSED, 1), (REFUSED + 1, 1)]);
+            let (calls, counted, refused) = post(&requests);
+            assert_eq!(calls.concat(), requests[..before].iter().map(|r| copy(*r)).collect::<Posted>());
+            assert_eq!((counted, refused), (before as u64, Some(before)));
+        }
+    }
 }
