@@ -169,6 +169,8 @@ pub fn links_reconnect(version: &str) -> bool {
 fn emulated(version: &str) -> String {
     let mut cpu = "max,la57=off,erms=off,fsrm=off,aes=off,vaes=off".to_owned();
     cpu += ",ssse3=off,sse4.1=off,sse4.2=off,avx=off,avx2=off,fma=off,f16c=off";
+    // Programs take it for granted that a processor with one of these has SSSE3, too (`sha256sum` dies of it).
+    cpu += ",sha-ni=off,pclmulqdq=off,vpclmulqdq=off,gfni=off";
     // Older ones have none of it.
     if number(version) >= (8, 1) {
         cpu += ",fsrs=off";
