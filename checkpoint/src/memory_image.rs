@@ -7,17 +7,17 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
+use crate::engine::blocks::CHUNK;
 use crate::engine::memory::{Memory, MemoryError};
-use crate::engine::pages::CHUNK;
 use crate::engine::regmem;
 use crate::engine::view::View;
-use crate::net::msg::{MemoryPages, Order, PIECE};
+use crate::net::msg::{MemoryBlocks, Order, PIECE};
 
 /// Its name in an image directory.
 pub const NAME: &str = "registered-memory.img";
 
-/// What it begins with.
-pub const MAGIC: [u8; 8] = *b"mrmem\0\0\x01";
+/// What it begins with. 2: blocks are smaller than pages.
+pub const MAGIC: [u8; 8] = *b"mrmem\0\0\x02";
 
 /// Longest frame: one piece and what describes it, bytes.
 const LONGEST: usize = PIECE + (1 << 20);
@@ -55,8 +55,8 @@ pub fn save(dir: &Path, images: &Path) -> Result<(), MemoryImageError> {
             // The container stands still; a file that is cut short all the same is zeros from there on.
             let (diff, _) = regmem::compare(&view, chunk, &[], &data);
             let (first, runs, zeros, bytes) = (chunk * CHUNK as u64, diff.runs, diff.zeros, diff.bytes);
-            let pages = MemoryPages { file: meta.name.clone(), first, runs, zeros, bytes };
-            put(&mut out, &Order::Pages(vec![pages])).map_err(wrap)?;
+            let blocks = MemoryBlocks { file: meta.name.clone(), first, runs, zeros, bytes };
+            put(&mut out, &Order::Blocks(vec![blocks])).map_err(wrap)?;
         }
     }
     out.into_inner().map_err(|e| wrap(e.into_error()))?.sync_all().map_err(wrap)

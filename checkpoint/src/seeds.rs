@@ -13,7 +13,7 @@ use crate::engine::fixture::{process, qp};
 use crate::image::{HandOver, ImagedProcess, RdmaImage, Secret, SourceDevice, SourceGid};
 use crate::incubator::proto;
 use crate::incubator::wire::Want;
-use crate::net::msg::{Answer, Back, Call, MemoryFile, MemoryPages, Order, Return};
+use crate::net::msg::{Answer, Back, Call, MemoryBlocks, MemoryFile, Order, Return};
 
 fn body(message: &impl Serialize) -> Vec<u8> {
     postcard::to_stdvec(message).expect("a message")
@@ -47,7 +47,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let file = MemoryFile { name: "7.1".into(), id: 1, len: 1 << 20, mode: 0o600, uid: 0, gid: 0 };
     let memory = Order::Memory { files: vec![file] };
     let (runs, zeros) = (vec![(0, 1)], vec![(4, 2)]);
-    let pages = MemoryPages { file: "7.1".into(), first: 0, runs, zeros, bytes: vec![7; 4096] };
+    let blocks = MemoryBlocks { file: "7.1".into(), first: 0, runs, zeros, bytes: vec![7; 1024] };
     let mut archive = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
     header.set_size(3);
@@ -71,7 +71,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let switch = msg::ToShim { seq: 2, migration: Some(MigrationId([4; 16])), request: switch };
     vec![
         ("rdma_image", "image", body(&image)),
-        ("memory_image", "files-and-pages", [body(&memory), vec![0xfe], body(&Order::Pages(vec![pages]))].concat()),
+        ("memory_image", "files-and-blocks", [body(&memory), vec![0xfe], body(&Order::Blocks(vec![blocks]))].concat()),
         ("agent_protocol", "incubate", order(Order::Incubate { states: vec![state()] })),
         ("agent_protocol", "claim", order(Order::Claim { containers: vec!["c1".into()], port: 7477 })),
         ("agent_protocol", "file", order(Order::FileStart { name: "core-1.img".into(), mode: 0o600 })),

@@ -46,6 +46,8 @@ pub struct DumpOptions {
     pub leave_running: bool,
     /// Write registered memory that lies in files into the image. A migration sends it by itself.
     pub keep_memory: bool,
+    /// Sum the image's files. A migration does by itself, on their way.
+    pub sums: bool,
     /// Remove the container's state afterwards (never with `leave_running` or `pre_dump`).
     pub remove: bool,
     pub tcp_skip_in_flight: bool,
@@ -64,6 +66,7 @@ impl DumpOptions {
             pre_dump: false,
             leave_running: false,
             keep_memory: true,
+            sums: true,
             remove: true,
             tcp_skip_in_flight: false,
             link_remap: false,
@@ -231,6 +234,7 @@ fn write_facts(
     dir: &Path,
     keys: &[String],
     mut facts: ImageFacts,
+    sums: bool,
     started: Instant,
 ) -> Result<()> {
     let outside = facts.outside.iter().map(|(key, _)| key);
@@ -247,7 +251,7 @@ fn write_facts(
         }
     }
     stdio::write(dir, keys)?;
-    facts.seal = seal::take(dir)?;
+    facts.seal = seal::take(dir, sums)?;
     // Last: what is sent to the processes from now on is not known where they go.
     facts.signals = pending::lacking(&pids, dir, || started.elapsed())?;
     store::write_json(&dir.join(FACTS), &facts)
@@ -279,7 +283,7 @@ fn run(
                 let images = &options.common.image_path;
                 keep_memory(handle, options)
                     .and_then(|()| tmpfs::save(&facts.tmpfs, pid, images))
-                    .and_then(|()| write_facts(handle, images, &keys, facts.clone(), started))
+                    .and_then(|()| write_facts(handle, images, &keys, facts.clone(), options.sums, started))
                     .and_then(|()| gate.post_dump())
             }
             "status-ready" => tell_ready(status_fd.take()),

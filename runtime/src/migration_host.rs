@@ -78,6 +78,7 @@ impl MigrationHost {
         let mut options = DumpOptions::new(&job.images);
         options.remove = false;
         options.keep_memory = false;
+        options.sums = false;
         options.parent_path = job.parent.clone();
         options.tracked = job.parent.is_some();
         let common = &mut options.common;

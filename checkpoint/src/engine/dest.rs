@@ -196,8 +196,8 @@ pub fn obey(agent: &Agent, from: Option<SocketAddr>, id: MigrationId, order: Ord
             other => Err(failed(format!("{} for a migration this host knows nothing of", other.name()))),
         };
     };
-    if matches!(order, Order::Pages(_)) {
-        let answer = entry.memory.pages(order).map(|()| Answer::Done).map_err(failed);
+    if matches!(order, Order::Blocks(_)) {
+        let answer = entry.memory.blocks(order).map(|()| Answer::Done).map_err(failed);
         // Whoever has the arrival now is at work for the same source, and notes that it was heard, too.
         if let Ok(mut arrival) = entry.arrival.try_lock() {
             (arrival.heard, arrival.silent) = (Instant::now(), false);

@@ -1,5 +1,5 @@
 //! Registered memory that arrives: files equal to those of the source, in the directory that the container will see.
-//! Pages are written into them in place, because a NIC may hold them already.
+//! Blocks are written into them in place, because a NIC may hold them already.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -8,12 +8,15 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, fc
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use super::pages::PAGE;
+use super::blocks::BLOCK;
 use crate::agent::{chain, is_plain_name, lock};
-use crate::net::msg::{MemoryFile, MemoryPages, Order, PIECE};
+use crate::net::msg::{MemoryBlocks, MemoryFile, Order, PIECE};
 
 /// As many as a source sends.
 const MOST: usize = 1 << 16;
+
+/// As many as are written at once.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Room over the source's estimate, bytes.
 const SLACK: u64 = 1 << 30;
@@ -27,8 +30,8 @@ pub enum MemoryError {
     Name(String),
     #[error("{0} files of memory are more than a container has")]
     Many(usize),
-    #[error("pages of {0}, which was not announced, or pages that are not in it")]
-    Pages(String),
+    #[error("blocks of {0}, which was not announced, or blocks that are not in it")]
+    Blocks(String),
     #[error("registered memory is larger than {limit} bytes, far more than was announced")]
     TooBig { limit: u64 },
     #[error("{0} is no order about memory")]
@@ -43,7 +46,7 @@ pub struct Memory {
     limit: u64,
 }
 
-/// The memory of one migration. Its pages come also while the rest of the container is restored, so whoever brings them
+/// The memory of one migration. Its blocks come also while the rest of the container is restored, so whoever brings them
 /// needs nothing but this.
 #[derive(Clone, Debug, Default)]
 pub struct Incoming(Arc<Mutex<Option<Memory>>>);
@@ -59,10 +62,10 @@ impl Incoming {
         memory.take(order).map_err(|e| chain(&e))
     }
 
-    /// Pages of files that were announced to this agent: one that was started since knows of none.
-    pub fn pages(&self, order: Order) -> Result<(), String> {
+    /// Blocks of files that were announced to this agent: one that was started since knows of none.
+    pub fn blocks(&self, order: Order) -> Result<(), String> {
         let mut memory = lock(&self.0);
-        let memory = memory.as_mut().ok_or("pages of memory that nobody announced here, or that runs already")?;
+        let memory = memory.as_mut().ok_or("blocks of memory that nobody announced here, or that runs already")?;
         memory.take(order).map_err(|e| chain(&e))
     }
 
@@ -85,11 +88,11 @@ impl Memory {
     pub fn take(&mut self, order: Order) -> Result<(), MemoryError> {
         match order {
             Order::Memory { files } => self.announce(files),
-            Order::Pages(pages) => {
-                if pages.iter().map(|p| p.bytes.len()).sum::<usize>() > PIECE + PAGE {
+            Order::Blocks(blocks) => {
+                if blocks.iter().map(|b| b.bytes.len()).sum::<usize>() > PIECE + BLOCK {
                     return Err(MemoryError::Turn("a piece that is too long"));
                 }
-                pages.iter().try_for_each(|p| self.write(p))?;
+                blocks.iter().try_for_each(|b| self.write(b))?;
                 self.check_size()
             }
             other => Err(MemoryError::Turn(other.name())),
@@ -122,29 +125,29 @@ impl Memory {
         Ok(())
     }
 
-    fn write(&self, pages: &MemoryPages) -> Result<(), MemoryError> {
-        let bad = || MemoryError::Pages(pages.file.clone());
-        let (known, file) = self.files.get(&pages.file).ok_or_else(bad)?;
-        let end = known.len.div_ceil(PAGE as u64);
+    fn write(&self, blocks: &MemoryBlocks) -> Result<(), MemoryError> {
+        let bad = || MemoryError::Blocks(blocks.file.clone());
+        let (known, file) = self.files.get(&blocks.file).ok_or_else(bad)?;
+        let end = known.len.div_ceil(BLOCK as u64);
         let place = |(first, count): (u32, u32)| -> Result<(u64, usize), MemoryError> {
-            let first = pages.first.checked_add(first.into()).ok_or_else(bad)?;
+            let first = blocks.first.checked_add(first.into()).ok_or_else(bad)?;
             let past = first.checked_add(count.into()).filter(|past| *past <= end);
-            past.map(|_| (first * PAGE as u64, count as usize * PAGE)).ok_or_else(bad)
+            past.map(|_| (first * BLOCK as u64, count as usize * BLOCK)).ok_or_else(bad)
         };
-        let wrap = |source| MemoryError::Write { path: self.dir.join(&pages.file), source };
-        let mut bytes = pages.bytes.as_slice();
-        for run in &pages.runs {
+        let wrap = |source| MemoryError::Write { path: self.dir.join(&blocks.file), source };
+        let mut bytes = blocks.bytes.as_slice();
+        for run in &blocks.runs {
             let (at, len) = place(*run)?;
             let (these, rest) = bytes.split_at_checked(len).ok_or_else(bad)?;
             file.write_all_at(these, at).map_err(wrap)?;
             bytes = rest;
         }
-        let zero = [0; PAGE];
-        for run in &pages.zeros {
+        for run in &blocks.zeros {
             let (at, len) = place(*run)?;
             // Not by a hole: it would take the page away from whoever holds it.
-            for page in (0..len).step_by(PAGE) {
-                file.write_all_at(&zero, at + page as u64).map_err(wrap)?;
+            for done in (0..len).step_by(ZEROS.len()) {
+                let these = &ZEROS[..ZEROS.len().min(len - done)];
+                file.write_all_at(these, at + done as u64).map_err(wrap)?;
             }
         }
         if bytes.is_empty() { Ok(()) } else { Err(bad()) }
@@ -169,18 +172,18 @@ fn make(path: &Path, wanted: &MemoryFile) -> io::Result<File> {
 mod tests {
     use super::*;
 
-    fn file(name: &str, id: u64, pages: u64) -> MemoryFile {
-        MemoryFile { name: name.into(), id, len: pages * PAGE as u64, mode: 0o600, uid: 0, gid: 0 }
+    fn file(name: &str, id: u64, blocks: u64) -> MemoryFile {
+        MemoryFile { name: name.into(), id, len: blocks * BLOCK as u64, mode: 0o600, uid: 0, gid: 0 }
     }
 
-    fn pages(file: &str, runs: &[(u32, u32)], zeros: &[(u32, u32)], byte: u8) -> Order {
+    fn blocks(file: &str, runs: &[(u32, u32)], zeros: &[(u32, u32)], byte: u8) -> Order {
         let count: u32 = runs.iter().map(|(_, n)| n).sum();
-        let bytes = vec![byte; count as usize * PAGE];
-        Order::Pages(vec![MemoryPages { file: file.into(), first: 0, runs: runs.into(), zeros: zeros.into(), bytes }])
+        let bytes = vec![byte; count as usize * BLOCK];
+        Order::Blocks(vec![MemoryBlocks { file: file.into(), first: 0, runs: runs.into(), zeros: zeros.into(), bytes }])
     }
 
     #[test]
-    fn files_come_and_go_with_the_source_and_pages_are_written_in_place() {
+    fn files_come_and_go_with_the_source_and_blocks_are_written_in_place() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("old"), "x").unwrap();
         let mut memory = Memory::begin(dir.path().into(), 0).unwrap();
@@ -191,31 +194,31 @@ mod tests {
         };
         assert!(names().is_empty());
         memory.take(Order::Memory { files: vec![file("7.1", 1, 4), file("7.2", 2, 1 << 28)] }).unwrap();
-        memory.take(pages("7.1", &[(1, 2)], &[], 5)).unwrap();
+        memory.take(blocks("7.1", &[(1, 2)], &[], 5)).unwrap();
         let inode = fs::metadata(dir.path().join("7.1")).unwrap().ino();
         memory.take(Order::Memory { files: vec![file("7.1", 1, 4)] }).unwrap();
-        memory.take(pages("7.1", &[(3, 1)], &[(1, 1)], 6)).unwrap();
+        memory.take(blocks("7.1", &[(3, 1)], &[(1, 1)], 6)).unwrap();
         assert_eq!(names(), ["7.1"]);
         let path = dir.path().join("7.1");
         assert_eq!(fs::metadata(&path).unwrap().ino(), inode, "the same file");
         let content = fs::read(&path).unwrap();
-        assert_eq!(content.chunks(PAGE).map(|p| p[17]).collect::<Vec<_>>(), [0, 0, 5, 6]);
+        assert_eq!(content.chunks(BLOCK).map(|b| b[17]).collect::<Vec<_>>(), [0, 0, 5, 6]);
         memory.take(Order::Memory { files: vec![file("7.1", 9, 4)] }).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), vec![0; 4 * PAGE], "a file that is another one begins anew");
+        assert_eq!(fs::read(&path).unwrap(), vec![0; 4 * BLOCK], "a file that is another one begins anew");
     }
 
     #[test]
-    fn pages_are_written_from_the_announcement_until_the_container_runs() {
+    fn blocks_are_written_from_the_announcement_until_the_container_runs() {
         let dir = tempfile::tempdir().unwrap();
         let incoming = Incoming::default();
-        let write = |byte| incoming.pages(pages("7.1", &[(0, 1)], &[], byte));
+        let write = |byte| incoming.blocks(blocks("7.1", &[(0, 1)], &[], byte));
         assert!(write(5).unwrap_err().contains("nobody announced"));
         let files = Order::Memory { files: vec![file("7.1", 1, 1)] };
         incoming.announce(files, || Ok(Memory::begin(dir.path().into(), 0).unwrap())).unwrap();
         write(6).unwrap();
         assert!(incoming.close());
         assert!(write(7).unwrap_err().contains("runs already"));
-        assert_eq!(fs::read(dir.path().join("7.1")).unwrap(), vec![6; PAGE]);
+        assert_eq!(fs::read(dir.path().join("7.1")).unwrap(), vec![6; BLOCK]);
         assert!(!incoming.close());
     }
 
@@ -229,24 +232,24 @@ mod tests {
         }
         memory.take(Order::Memory { files: vec![file("7.1", 1, 4)] }).unwrap();
         for order in [
-            pages("7.2", &[(0, 1)], &[], 1),
-            pages("7.1", &[(4, 1)], &[], 1),
-            pages("7.1", &[], &[(3, 2)], 1),
-            pages("7.1", &[(u32::MAX, 1)], &[], 1),
+            blocks("7.2", &[(0, 1)], &[], 1),
+            blocks("7.1", &[(4, 1)], &[], 1),
+            blocks("7.1", &[], &[(3, 2)], 1),
+            blocks("7.1", &[(u32::MAX, 1)], &[], 1),
         ] {
-            assert!(matches!(memory.take(order), Err(MemoryError::Pages(_))));
+            assert!(matches!(memory.take(order), Err(MemoryError::Blocks(_))));
         }
-        let mut short = pages("7.1", &[(0, 2)], &[], 1);
-        if let Order::Pages(list) = &mut short {
-            list[0].bytes.truncate(PAGE);
+        let mut short = blocks("7.1", &[(0, 2)], &[], 1);
+        if let Order::Blocks(list) = &mut short {
+            list[0].bytes.truncate(BLOCK);
         }
         assert!(memory.take(short).is_err());
-        let zeros = Order::Pages(vec![MemoryPages {
+        let zeros = Order::Blocks(vec![MemoryBlocks {
             file: "7.1".into(),
             first: u64::MAX,
             runs: vec![(1, 1)],
             zeros: vec![],
-            bytes: vec![0; PAGE],
+            bytes: vec![0; BLOCK],
         }]);
         assert!(memory.take(zeros).is_err());
     }

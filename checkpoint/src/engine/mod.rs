@@ -39,7 +39,7 @@
 //! | `copy`, `landing` | the bundle, where it has to be sent along: source and destination |
 //! | [`check`] | whether it can be done, as the destination sees it |
 //! | [`setup`] | new objects on the destination and second QPs at peers |
-//! | `regmem`, `pages` | registered memory before and in the pause: what changed |
+//! | `regmem`, `blocks` | registered memory before and in the pause: what changed |
 //! | `memory` | where registered memory arrives |
 //! | `precopy`, `shipping` | rounds of memory before the pause; files on their way |
 //! | [`quiet`] | suspension, drain, freeze |
@@ -66,6 +66,7 @@
 
 pub mod arrivals;
 pub mod attempts;
+pub(crate) mod blocks;
 mod born;
 pub mod by_hand;
 pub mod check;
@@ -87,7 +88,6 @@ mod newcomers;
 mod nursery;
 pub mod orphans;
 mod pace;
-pub(crate) mod pages;
 pub mod park;
 pub mod plan;
 mod precopy;

@@ -1,4 +1,4 @@
-//! Registered memory on its way: the files it lies in are sent in rounds, each with the pages whose content is another
+//! Registered memory on its way: the files it lies in are sent in rounds, each with the blocks whose content is another
 //! than was sent before. The container runs meanwhile; what is written during a round is found by the next one, and the
 //! last one comes when nobody writes any more: neither the tasks, which stand still, nor a NIC, which has completed all
 //! it had to do.
@@ -20,15 +20,15 @@ use std::time::{Duration, Instant};
 
 use rdma_virt::id::MigrationId;
 
+use super::blocks::{BLOCK, CHUNK, Diff, Print, diff};
 use super::pace::Pace;
-use super::pages::{CHUNK, Diff, PAGE, Print, diff};
 use super::source::{Run, Stop, confused};
 use super::view::{Torn, View};
 use super::world::World;
 use super::{Cancel, Progress};
 use crate::agent::admin::Event;
 use crate::agent::lock;
-use crate::net::msg::{Answer, MemoryFile, MemoryPages, Order, PIECE};
+use crate::net::msg::{Answer, MemoryBlocks, MemoryFile, Order, PIECE};
 use crate::phase::Phase;
 
 /// For one piece.
@@ -57,7 +57,7 @@ struct KnownFile {
     file: MemoryFile,
     /// By number of the chunk; those that are missing are zeros.
     chunks: BTreeMap<u64, Vec<Print>>,
-    /// Kept from round to round: the last one, in the pause, finds its pages mapped.
+    /// Kept from round to round: the last one, in the pause, finds it mapped.
     view: Option<View>,
 }
 
@@ -75,7 +75,7 @@ pub(super) struct Round {
 struct Job<'a> {
     file: usize,
     chunk: u64,
-    /// Pages of it that have memory.
+    /// Blocks of it that have memory.
     data: Vec<Range<usize>>,
     known: &'a [Print],
     view: &'a View,
@@ -95,7 +95,7 @@ struct Line<'a> {
 pub(super) struct Found(Vec<(File, MemoryFile)>);
 
 impl<'a> Run<'a> {
-    /// One round: afterwards the destination has every page as it was at some moment of the round.
+    /// One round: afterwards the destination has every block as it was at some moment of the round.
     pub(super) fn memory_round(&mut self, phase: Phase) -> Result<Round, Stop> {
         let Some(found) = self.find_memory()? else { return Ok(Round::default()) };
         let line = Line { progress: Some((self.progress, phase)), ..self.memory_line() };
@@ -261,8 +261,8 @@ impl Line<'_> {
             let known = |chunk| chunks.get(&chunk).map_or(&[][..], Vec::as_slice);
             jobs.extend(data.into_iter().map(|(chunk, data)| Job { file: n, chunk, data, known: known(chunk), view }));
         }
-        let seen = jobs.iter().flat_map(|job| &job.data).map(|pages| pages.len() * PAGE).sum::<usize>() as u64;
-        let mut batch = Batch { line: self, total: seen, sent: 0, pages: Vec::new(), waiting: 0 };
+        let seen = jobs.iter().flat_map(|job| &job.data).map(|blocks| blocks.len() * BLOCK).sum::<usize>() as u64;
+        let mut batch = Batch { line: self, total: seen, sent: 0, blocks: Vec::new(), waiting: 0 };
         let mut prints = Vec::with_capacity(jobs.len());
         let next = AtomicUsize::new(0);
         let (results, compared) = sync_channel::<(usize, (Diff, Result<(), Torn>))>(WORKERS);
@@ -345,16 +345,16 @@ pub(crate) fn list(dir: &Path) -> Result<Vec<(File, MemoryFile)>, Stop> {
     Ok(found)
 }
 
-/// The chunks that have memory, with the pages of each that have.
+/// The chunks that have memory, with the blocks of each that have.
 pub(crate) fn filled(file: &File) -> io::Result<BTreeMap<u64, Vec<Range<usize>>>> {
-    let step = (CHUNK * PAGE) as u64;
+    let step = (CHUNK * BLOCK) as u64;
     let mut found: BTreeMap<u64, Vec<Range<usize>>> = BTreeMap::new();
     let mut at = 0;
     while let Some(start) = seek(file, at, libc::SEEK_DATA)? {
         let end = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(start + 1);
         for chunk in start / step..end.div_ceil(step) {
             let in_chunk = |at: u64| (at.max(chunk * step) - chunk * step).min(step) as usize;
-            found.entry(chunk).or_default().push(in_chunk(start) / PAGE..in_chunk(end).div_ceil(PAGE));
+            found.entry(chunk).or_default().push(in_chunk(start) / BLOCK..in_chunk(end).div_ceil(BLOCK));
         }
         at = end;
     }
@@ -374,10 +374,10 @@ fn seek(file: &File, at: u64, whence: i32) -> io::Result<Option<u64>> {
     }
 }
 
-/// Compares the pages of a chunk. What is missing of the file is zeros; the destination's becomes shorter, too.
+/// Compares the blocks of a chunk. What is missing of the file is zeros; the destination's becomes shorter, too.
 pub(crate) fn compare(view: &View, chunk: u64, known: &[Print], data: &[Range<usize>]) -> (Diff, Result<(), Torn>) {
-    let start = usize::try_from(chunk).unwrap_or(usize::MAX).saturating_mul(CHUNK * PAGE);
-    view.look(start..start.saturating_add(CHUNK * PAGE), |now| diff(known, data, now))
+    let start = usize::try_from(chunk).unwrap_or(usize::MAX).saturating_mul(CHUNK * BLOCK);
+    view.look(start..start.saturating_add(CHUNK * BLOCK), |now| diff(known, data, now))
 }
 
 /// Changes that wait for company.
@@ -385,7 +385,7 @@ struct Batch<'a> {
     line: &'a Line<'a>,
     total: u64,
     sent: u64,
-    pages: Vec<MemoryPages>,
+    blocks: Vec<MemoryBlocks>,
     waiting: usize,
 }
 
@@ -399,15 +399,15 @@ impl Batch<'_> {
         }
         self.waiting += diff.bytes.len();
         let Diff { runs, zeros, bytes, .. } = diff;
-        self.pages.push(MemoryPages { file: file.to_owned(), first, runs, zeros, bytes });
+        self.blocks.push(MemoryBlocks { file: file.to_owned(), first, runs, zeros, bytes });
         Ok(())
     }
 
     fn flush(&mut self) -> Result<(), Stop> {
-        if self.pages.is_empty() {
+        if self.blocks.is_empty() {
             return Ok(());
         }
-        self.line.order(Order::Pages(std::mem::take(&mut self.pages)))?;
+        self.line.order(Order::Blocks(std::mem::take(&mut self.blocks)))?;
         self.sent += std::mem::take(&mut self.waiting) as u64;
         if let Some((progress, phase)) = self.line.progress {
             let (done, total) = (self.sent, self.total.max(self.sent));

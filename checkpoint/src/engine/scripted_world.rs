@@ -7,12 +7,12 @@ use crate::agent::connecting::End as Unconnected;
 use crate::agent::metrics::Metrics;
 use crate::agent::procs::Process;
 use crate::agent::under_way::UnderWay;
+use crate::engine::blocks::BLOCK;
 use crate::engine::fixture::{DST, mr, process, qp};
 use crate::engine::host::{DumpJob, Held, Host, HostError, Nursery, PreDumpJob, RestoreJob};
-use crate::engine::pages::PAGE;
 use crate::engine::world::OwnShim;
 use crate::likeness::Likeness;
-use crate::net::msg::{BornMr, BornQp, End as FarShim, FarEnd, MemoryPages, MovedProcess};
+use crate::net::msg::{BornMr, BornQp, End as FarShim, FarEnd, MemoryBlocks, MovedProcess};
 use crate::record::Records;
 use rdma_virt::id::{ObjId, PGid, PQpn, PRkey, VQpn, VRkey};
 use rdma_virt::msg::{Count, KeyTable};
@@ -344,12 +344,12 @@ pub fn answer(t: &mut Truth, order: Order) -> Answer {
             t.copy = files.into_iter().map(|f| (f.name, vec![0; f.len as usize])).collect();
             Answer::Done
         }
-        Order::Pages(list) => {
+        Order::Blocks(list) => {
             assert!(!t.decided, "the destination has all memory before it is decided");
-            for MemoryPages { file, first, runs, bytes, .. } in list {
+            for MemoryBlocks { file, first, runs, bytes, .. } in list {
                 let (copy, mut bytes) = (t.copy.get_mut(&file).expect("announced"), &bytes[..]);
                 for (at, count) in runs {
-                    let (at, len) = ((first as usize + at as usize) * PAGE, count as usize * PAGE);
+                    let (at, len) = ((first as usize + at as usize) * BLOCK, count as usize * BLOCK);
                     copy[at..at + len].copy_from_slice(&bytes[..len]);
                     bytes = &bytes[len..];
                 }
@@ -432,7 +432,7 @@ impl Host for Script {
         self.step("freeze", |t| {
             for file in t.memory.iter().flat_map(|dir| std::fs::read_dir(dir).unwrap()) {
                 let file = std::fs::OpenOptions::new().write(true).open(file.unwrap().path()).unwrap();
-                std::os::unix::fs::FileExt::write_all_at(&file, &[9; PAGE], 3 * PAGE as u64).unwrap();
+                std::os::unix::fs::FileExt::write_all_at(&file, &[9; BLOCK], 3 * BLOCK as u64).unwrap();
             }
             t.frozen = true;
         })

@@ -17,8 +17,9 @@ use crate::phase::Phase;
 /// For one piece.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A file that grows is worth a piece when it has so much more, bytes.
-const GROWN: u64 = 256 << 10;
+/// A file that grows is worth a piece when it has so much more, bytes. A smaller one goes with the others at the end: its
+/// pieces, each with an answer, would take CRIU more time than they save.
+const GROWN: u64 = 512 << 10;
 
 /// CRIU's link to the round before; the destination makes its own.
 const PARENT: &str = "parent";

@@ -5,6 +5,7 @@
 mod scripted_world;
 
 use super::*;
+use crate::engine::blocks::BLOCK;
 use crate::net::msg::End as FarShim;
 use proptest::prelude::*;
 use rdma_virt::id::{PQpn, VQpn};
@@ -260,18 +261,18 @@ fn what_changes_in_registered_memory_at_last_is_there_before_the_decision() {
     let dir = tempfile::tempdir().unwrap();
     let file = |n: u8| dir.path().join(format!("7.{n}"));
     for n in 1..3 {
-        fs::write(file(n), vec![n; 8 * 4096]).unwrap();
+        fs::write(file(n), vec![n; 8 * BLOCK]).unwrap();
     }
     let fake = Fake::new(None);
     fake.truth.lock().unwrap().memory = Some(dir.path().to_owned());
     let end = run_by(&fake, HandOver::Adopt);
     check(&fake, &end);
     let End::Done(summary) = end else { panic!("{end:?}") };
-    assert_eq!(summary.memory_bytes_in_pause, 2 * 4096, "what was known is not sent again");
+    assert_eq!(summary.memory_bytes_in_pause, 2 * BLOCK as u64, "what was known is not sent again");
     let t = fake.truth.lock().unwrap();
     for n in 1..3 {
         let now = fs::read(file(n)).unwrap();
-        assert_eq!(now[3 * 4096], 9);
+        assert_eq!(now[3 * BLOCK], 9);
         assert!(t.copy[&format!("7.{n}")] == now, "file {n}");
     }
 }

@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, compiler_fence};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-use super::pages::PAGE;
+/// Bytes.
+const PAGE: usize = 4096;
 
 /// A file as it is, from its first byte on.
 #[derive(Debug)]

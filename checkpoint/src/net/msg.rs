@@ -21,7 +21,7 @@ use crate::image::{HandOver, Secret};
 use crate::likeness::Likeness;
 
 /// Version of this protocol; both ends must speak the same.
-pub const VERSION: u16 = 11;
+pub const VERSION: u16 = 12;
 
 /// Longest piece of a file in one [`Order::FilePiece`], and all contents of one [`Order::Files`] together, bytes.
 pub const PIECE: usize = 4 << 20;
@@ -143,7 +143,7 @@ pub enum Order {
     /// → [`Answer::Done`]
     Memory { files: Vec<MemoryFile> },
     /// What changed in them; all bytes together at most [`PIECE`]. → [`Answer::Done`]
-    Pages(Vec<MemoryPages>),
+    Blocks(Vec<MemoryBlocks>),
     /// The image is complete, `files` counted over all rounds; restore, and hold at the last gate. → [`Answer::Done`]:
     /// everything that can fail is done. `onward` is for the destination to keep, should it have to go on without its
     /// source.
@@ -210,7 +210,7 @@ impl Order {
             | Order::FileStart { .. }
             | Order::FilePiece { .. }
             | Order::FileEnd { .. } => "file",
-            Order::Memory { .. } | Order::Pages(_) => "memory",
+            Order::Memory { .. } | Order::Blocks(_) => "memory",
             Order::Restore { .. } => "restore",
             Order::Commit => "commit",
             Order::Adopt => "adopt",
@@ -279,9 +279,9 @@ pub struct MemoryFile {
     pub gid: u32,
 }
 
-/// Pages of 4096 bytes of a [`MemoryFile`]. Runs are first page, counted from `first`, and number of pages.
+/// Blocks of 1024 bytes of a [`MemoryFile`]. Runs are first block, counted from `first`, and number of blocks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MemoryPages {
+pub struct MemoryBlocks {
     pub file: String,
     pub first: u64,
     /// Their contents are `bytes`, in order.

@@ -21,6 +21,7 @@ pub fn run(args: Checkpoint, global: &Global) -> Result<i32> {
         pre_dump: args.pre_dump,
         leave_running: args.leave_running,
         keep_memory: true,
+        sums: true,
         remove: true,
         tcp_skip_in_flight: args.tcp_skip_in_flight,
         link_remap: args.link_remap,

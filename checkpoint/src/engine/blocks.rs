@@ -1,34 +1,35 @@
-//! Which pages of a file differ from those that were sent before: pure, by a hash of each page.
+//! Which blocks of a file differ from those that were sent before: pure, by a hash of each block.
 //!
-//! Dirty bits of the kernel would not do: none of them is set by what a NIC writes. So every page is hashed inside the
-//! pause, and the hash has to be quick above all. It has 64 bits: of 2^64 changed pages one is taken for unchanged, which
-//! is far from what memory itself gets wrong.
+//! Dirty bits of the kernel would not do: none of them is set by what a NIC writes. So every block is hashed inside the
+//! pause, and the hash has to be quick above all. It has 64 bits: of 2^64 changed blocks one is taken for unchanged, which
+//! is far from what memory itself gets wrong. And as nothing here comes from page tables, a block need not be a page:
+//! messages are often shorter, and what lies beside them would be sent along.
 
 use std::ops::Range;
 
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_inline};
 
-/// Bytes.
-pub const PAGE: usize = 4096;
+/// Bytes. A page has several, so that a hole of a file begins and ends with one.
+pub const BLOCK: usize = 1024;
 
-/// Pages that are looked at together.
-pub const CHUNK: usize = 1024;
+/// Blocks that are looked at together.
+pub const CHUNK: usize = 4096;
 
-/// What is known of a page: a hash.
+/// What is known of a block: a hash.
 pub type Print = u64;
 
 /// All zeros, as in a fresh file.
-const ZEROS: Print = print(&[0; PAGE]);
+const ZEROS: Print = print(&[0; BLOCK]);
 
-/// What it takes to make the known pages the present ones. Page numbers are relative to the first page compared.
+/// What it takes to make the known blocks the present ones. Numbers are relative to the first block compared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Diff {
-    /// Of the present pages, as many as were compared.
+    /// Of the present blocks, as many as were compared.
     pub prints: Vec<Print>,
-    /// First page and number of pages, in order, whose contents are `bytes`.
+    /// First block and number of blocks, in order, whose contents are `bytes`.
     pub runs: Vec<(u32, u32)>,
     pub bytes: Vec<u8>,
-    /// Pages that have become all zeros.
+    /// Blocks that have become all zeros.
     pub zeros: Vec<(u32, u32)>,
 }
 
@@ -38,25 +39,25 @@ impl Diff {
     }
 }
 
-/// Compares whole pages with what is known of them; what is not known is zeros. Pages of `now` that are not in `data`
-/// (ranges of page numbers, in order) are zeros, too, and not looked at. `now` may change meanwhile: a page that is sent
+/// Compares whole blocks with what is known of them; what is not known is zeros. Blocks of `now` that are not in `data`
+/// (ranges of their numbers, in order) are zeros, too, and not looked at. `now` may change meanwhile: a block that is sent
 /// is the one that its print is of.
 pub fn diff(known: &[Print], data: &[Range<usize>], now: &[u8]) -> Diff {
-    let end = data.last().map_or(0, |range| range.end).min(now.len() / PAGE);
+    let end = data.last().map_or(0, |range| range.end).min(now.len() / BLOCK);
     let mut diff = Diff { prints: Vec::with_capacity(end.max(known.len())), ..Diff::default() };
     let mut data = data.iter().peekable();
     for i in 0..end.max(known.len()) {
         let before = known.get(i).copied().unwrap_or(ZEROS);
-        let page = i as u32;
+        let block = i as u32;
         while data.next_if(|range| range.end <= i).is_some() {}
         if i >= end || data.peek().is_none_or(|range| i < range.start) {
             if before != ZEROS {
-                add(&mut diff.zeros, page);
+                add(&mut diff.zeros, block);
             }
             diff.prints.push(ZEROS);
             continue;
         }
-        let here = &now[i * PAGE..(i + 1) * PAGE];
+        let here = &now[i * BLOCK..(i + 1) * BLOCK];
         if print(here) == before {
             diff.prints.push(before);
             continue;
@@ -65,11 +66,11 @@ pub fn diff(known: &[Print], data: &[Range<usize>], now: &[u8]) -> Diff {
         diff.bytes.extend_from_slice(here);
         let print = print(&diff.bytes[copied..]);
         if print != before && print != ZEROS {
-            add(&mut diff.runs, page);
+            add(&mut diff.runs, block);
         } else {
             diff.bytes.truncate(copied);
             if print != before {
-                add(&mut diff.zeros, page);
+                add(&mut diff.zeros, block);
             }
         }
         diff.prints.push(print);
@@ -77,17 +78,17 @@ pub fn diff(known: &[Print], data: &[Range<usize>], now: &[u8]) -> Diff {
     diff
 }
 
-/// One more page at the end of a list of runs.
-fn add(runs: &mut Vec<(u32, u32)>, page: u32) {
+/// One more block at the end of a list of runs.
+fn add(runs: &mut Vec<(u32, u32)>, block: u32) {
     match runs.last_mut() {
-        Some((first, count)) if *first + *count == page => *count += 1,
-        _ => runs.push((page, 1)),
+        Some((first, count)) if *first + *count == block => *count += 1,
+        _ => runs.push((block, 1)),
     }
 }
 
 /// The variant without a word that would hide the one beside it.
-const fn print(page: &[u8]) -> Print {
-    rapidhash_v3_inline::<true, false, true>(page, &DEFAULT_RAPID_SECRETS)
+const fn print(block: &[u8]) -> Print {
+    rapidhash_v3_inline::<true, false, true>(block, &DEFAULT_RAPID_SECRETS)
 }
 
 #[cfg(test)]
@@ -96,46 +97,46 @@ mod tests {
     use proptest::prelude::*;
 
     fn apply(old: &mut [u8], diff: &Diff) {
-        let mut bytes = diff.bytes.chunks_exact(PAGE);
+        let mut bytes = diff.bytes.chunks_exact(BLOCK);
         for (first, count) in &diff.runs {
-            for page in *first..first + count {
-                let at = page as usize * PAGE;
-                old[at..at + PAGE].copy_from_slice(bytes.next().unwrap());
+            for block in *first..first + count {
+                let at = block as usize * BLOCK;
+                old[at..at + BLOCK].copy_from_slice(bytes.next().unwrap());
             }
         }
         assert!(bytes.next().is_none(), "no more bytes than runs");
         for (first, count) in &diff.zeros {
-            old[*first as usize * PAGE..(first + count) as usize * PAGE].fill(0);
+            old[*first as usize * BLOCK..(first + count) as usize * BLOCK].fill(0);
         }
     }
 
-    fn image(pages: &[u8]) -> Vec<u8> {
-        // One byte different is enough, wherever it is; page content 0 is all zeros.
-        let page = |seed: &u8| {
-            let mut page = vec![0; PAGE];
-            page[usize::from(*seed) * 13] = *seed;
-            page
+    fn image(blocks: &[u8]) -> Vec<u8> {
+        // One byte different is enough, wherever it is; content 0 is all zeros.
+        let block = |seed: &u8| {
+            let mut block = vec![0; BLOCK];
+            block[usize::from(*seed) * 13] = *seed;
+            block
         };
-        pages.iter().flat_map(page).collect()
+        blocks.iter().flat_map(block).collect()
     }
 
-    /// A page of content 0 is a hole, or has memory: every second one.
-    fn data(pages: &[u8]) -> Vec<Range<usize>> {
-        (0..pages.len()).filter(|i| pages[*i] != 0 || i % 2 == 0).map(|i| i..i + 1).collect()
+    /// A block of content 0 is a hole, or has memory: every second one.
+    fn data(blocks: &[u8]) -> Vec<Range<usize>> {
+        (0..blocks.len()).filter(|i| blocks[*i] != 0 || i % 2 == 0).map(|i| i..i + 1).collect()
     }
 
     proptest! {
         #[test]
-        fn what_is_sent_makes_the_old_pages_the_new_ones_and_is_not_sent_twice(
+        fn what_is_sent_makes_the_old_blocks_the_new_ones_and_is_not_sent_twice(
             rounds in proptest::collection::vec(proptest::collection::vec(0_u8..4, 1..40), 1..6),
         ) {
             let longest = rounds.iter().map(Vec::len).max().unwrap_or(0);
-            let mut there = vec![0; longest * PAGE];
+            let mut there = vec![0; longest * BLOCK];
             let mut known = Vec::new();
             for round in rounds {
                 let mut now = image(&round);
                 now.resize(there.len(), 0);
-                let changed = now.chunks(PAGE).zip(there.chunks(PAGE)).filter(|(a, b)| a != b).count();
+                let changed = now.chunks(BLOCK).zip(there.chunks(BLOCK)).filter(|(a, b)| a != b).count();
                 let step = diff(&known, &data(&round), &now);
                 let sent: u32 = step.runs.iter().chain(&step.zeros).map(|(_, n)| n).sum();
                 prop_assert_eq!(sent as usize, changed);
@@ -150,7 +151,7 @@ mod tests {
     #[test]
     fn neighbours_go_as_one_run() {
         let step = diff(&[], &data(&[1, 2, 0, 3]), &image(&[1, 2, 0, 3]));
-        assert_eq!((step.runs, step.bytes.len()), (vec![(0, 2), (3, 1)], 3 * PAGE));
+        assert_eq!((step.runs, step.bytes.len()), (vec![(0, 2), (3, 1)], 3 * BLOCK));
         assert!(step.zeros.is_empty(), "a fresh file is zeros");
     }
 
