@@ -5,8 +5,9 @@
 //! waited for a moment, until its slice is over.
 #![expect(unsafe_code, reason = "how a thread is scheduled has no safe interface")]
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::thread;
 
 use nix::unistd::gettid;
 
@@ -22,6 +23,8 @@ pub(super) struct Pace {
     /// Threads that give way, and the policy each is to return to. Nobody holds this while he gives way: others would wait
     /// for a thread that gets no CPU.
     slow: Mutex<Vec<(i32, i32)>>,
+    /// Told that there is a hurry.
+    hurried: Condvar,
     stop: AtomicBool,
 }
 
@@ -33,16 +36,38 @@ impl Pace {
 
     /// Nobody need be let go first any more. (A thread that gets no CPU could not find that out by itself.)
     pub fn hurry(&self) {
+        let mut slow = lock(&self.slow);
         self.fast.store(true, Ordering::SeqCst);
-        for (thread, policy) in lock(&self.slow).drain(..) {
+        for (thread, policy) in slow.drain(..) {
             set_policy(thread, policy);
         }
+        self.hurried.notify_all();
+    }
+
+    /// Where there is one CPU only, nothing goes on beside anything else: work that gives way there still takes its turns,
+    /// and the caches. It begins when there is a hurry, and at once anywhere else.
+    pub fn begin(&self) {
+        if thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1) {
+            self.wait();
+        }
+    }
+
+    /// Until there is a hurry. That those who come first end, and within which time, is their business.
+    fn wait(&self) {
+        let slow = lock(&self.slow);
+        let waited = self.hurried.wait_while(slow, |_| !self.fast.load(Ordering::SeqCst));
+        drop(waited.unwrap_or_else(std::sync::PoisonError::into_inner));
     }
 
     /// What comes of it is not wanted any more: now everybody waits for its end.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.hurry();
+    }
+
+    /// Stops it when it is dropped, however that comes about: somebody may wait for a hurry.
+    pub fn stopped_at_last(&self) -> Stopped<'_> {
+        Stopped(self)
     }
 
     pub fn is_over(&self) -> bool {
@@ -63,6 +88,16 @@ impl Pace {
             }
         }
         keeper
+    }
+}
+
+/// See [`Pace::stopped_at_last`].
+#[must_use]
+pub(super) struct Stopped<'a>(&'a Pace);
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
 
@@ -148,9 +183,24 @@ mod tests {
         assert_eq!(policy(), usual, "other threads are not concerned");
         let at_once = std::thread::spawn(|| {
             let pace = Pace::fast();
+            pace.begin();
             let _keeper = pace.keeper();
             policy()
         });
         assert_eq!(at_once.join().unwrap(), usual);
+    }
+    #[test]
+    fn who_waits_for_a_hurry_goes_on_when_there_is_one_or_when_nothing_comes_of_it() {
+        for end in [Pace::hurry, |pace: &Pace| drop(pace.stopped_at_last())] {
+            let pace = Pace::default();
+            let early = thread::scope(|scope| {
+                let waits = scope.spawn(|| pace.wait());
+                thread::sleep(std::time::Duration::from_millis(20));
+                let early = waits.is_finished();
+                end(&pace);
+                early
+            });
+            assert!(!early);
+        }
     }
 }

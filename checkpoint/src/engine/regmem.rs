@@ -149,9 +149,8 @@ impl<'a> Run<'a> {
             };
             let thread = thread::Builder::new().name("memory".into()).spawn_scoped(scope, round);
             thread.map_err(|e| Stop::Failed(format!("no thread for registered memory: {e}")))?;
-            let done = phases(self, &last);
-            last.pace.stop();
-            done
+            let _stopped = last.pace.stopped_at_last();
+            phases(self, &last)
         });
         self.known = known;
         done
@@ -229,6 +228,10 @@ impl LastRound {
 impl Line<'_> {
     /// Compares and sends.
     fn round(&self, found: &Found, known: &mut Known, pace: &Pace) -> Result<Round, Stop> {
+        pace.begin();
+        if pace.is_over() {
+            return Err(unwanted());
+        }
         let start = Instant::now();
         let (bytes, seen) = self.changes(&found.0, known, pace)?;
         Ok(Round { bytes, seen, took: start.elapsed() })
@@ -288,7 +291,7 @@ impl Line<'_> {
             let _keeper = pace.keeper();
             for (at, (mut diff, whole)) in compared {
                 if pace.is_over() {
-                    return Err(Stop::Failed("it is not wanted any more".into()));
+                    return Err(unwanted());
                 }
                 let job = &jobs[at];
                 let name = &open[job.file].1.name;
@@ -312,6 +315,11 @@ impl Line<'_> {
         }
         Ok((sent, seen))
     }
+}
+
+/// Whatever it was for has ended.
+fn unwanted() -> Stop {
+    Stop::Failed("it is not wanted any more".into())
 }
 
 fn lost(name: &str, e: &io::Error) -> Stop {
