@@ -64,25 +64,15 @@ impl Run<'_> {
             let image = self.rdma_image();
             image::write_unflushed(&images, &image).map_err(|e| Stop::Failed(crate::agent::chain(&e)))?;
         }
-        let reached =
-            self.begin_dump(DumpJob { images: images.clone(), work, parent: precopy::parent(self.rounds) })?;
-        // CRIU does not wait until the destination has heard of it.
         self.voyage = Some(self.embark(0)?);
-        self.wait_for_gate(&reached, &images)
+        self.hold_dump(DumpJob { images, work, parent: precopy::parent(self.rounds) })
     }
 
     /// Has CRIU dump up to its last gate.
     pub(super) fn hold_dump(&mut self, job: DumpJob) -> Result<(), Stop> {
-        let images = job.images.clone();
-        let reached = self.begin_dump(job)?;
-        self.wait_for_gate(&reached, &images)
-    }
-
-    /// Lets CRIU begin; says when it is at its last gate.
-    fn begin_dump(&mut self, job: DumpJob) -> Result<Receiver<()>, Stop> {
         let (reached_tx, reached) = channel();
         let (verdict, verdict_rx) = sync_channel::<Verdict>(1);
-        let (host, container) = (self.world.host(), self.container()?.clone());
+        let (host, container, images) = (self.world.host(), self.container()?.clone(), job.images.clone());
         let run = move || {
             let mut gate = || {
                 let _ = reached_tx.send(());
@@ -94,7 +84,7 @@ impl Run<'_> {
         let thread = thread::Builder::new().name("dump".into()).spawn(run);
         let thread = thread.map_err(|e| Stop::Failed(format!("no thread for the dump: {e}")))?;
         self.effects.dump = Some(Dump { verdict, thread });
-        Ok(reached)
+        self.wait_for_gate(&reached, &images)
     }
 
     fn wait_for_gate(&mut self, reached: &Receiver<()>, images: &Path) -> Result<(), Stop> {
