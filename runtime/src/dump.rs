@@ -44,10 +44,9 @@ pub struct DumpOptions {
     /// Memory pages only; the container goes on.
     pub pre_dump: bool,
     pub leave_running: bool,
-    /// Write registered memory that lies in files into the image. A migration sends it by itself.
-    pub keep_memory: bool,
-    /// Sum the image's files. A migration does by itself, on their way.
-    pub sums: bool,
+    /// A migration carries the image: it sends registered memory that lies in files by itself, and sums the image's files on
+    /// their way. Otherwise both are done here.
+    pub carried: bool,
     /// Remove the container's state afterwards (never with `leave_running` or `pre_dump`).
     pub remove: bool,
     pub tcp_skip_in_flight: bool,
@@ -65,8 +64,7 @@ impl DumpOptions {
             tracked: false,
             pre_dump: false,
             leave_running: false,
-            keep_memory: true,
-            sums: true,
+            carried: false,
             remove: true,
             tcp_skip_in_flight: false,
             link_remap: false,
@@ -234,7 +232,7 @@ fn write_facts(
     dir: &Path,
     keys: &[String],
     mut facts: ImageFacts,
-    sums: bool,
+    carried: bool,
     started: Instant,
 ) -> Result<()> {
     let outside = facts.outside.iter().map(|(key, _)| key);
@@ -251,7 +249,7 @@ fn write_facts(
         }
     }
     stdio::write(dir, keys)?;
-    facts.seal = seal::take(dir, sums)?;
+    facts.seal = seal::take(dir, !carried)?;
     // Last: what is sent to the processes from now on is not known where they go.
     facts.signals = pending::lacking(&pids, dir, || started.elapsed())?;
     store::write_json(&dir.join(FACTS), &facts)
@@ -259,7 +257,7 @@ fn write_facts(
 
 fn keep_memory(handle: &ContainerHandle, options: &DumpOptions) -> Result<()> {
     let dir = HostPaths::default().memory_dir(handle.id());
-    if options.keep_memory && dir.is_dir() {
+    if !options.carried && dir.is_dir() {
         memory_image::save(&dir, &options.common.image_path)?;
     }
     Ok(())
@@ -283,7 +281,7 @@ fn run(
                 let images = &options.common.image_path;
                 keep_memory(handle, options)
                     .and_then(|()| tmpfs::save(&facts.tmpfs, pid, images))
-                    .and_then(|()| write_facts(handle, images, &keys, facts.clone(), options.sums, started))
+                    .and_then(|()| write_facts(handle, images, &keys, facts.clone(), options.carried, started))
                     .and_then(|()| gate.post_dump())
             }
             "status-ready" => tell_ready(status_fd.take()),

@@ -77,8 +77,7 @@ impl MigrationHost {
         let handle = ContainerHandle::load(&self.root, &container.id)?;
         let mut options = DumpOptions::new(&job.images);
         options.remove = false;
-        options.keep_memory = false;
-        options.sums = false;
+        options.carried = true;
         options.parent_path = job.parent.clone();
         options.tracked = job.parent.is_some();
         let common = &mut options.common;

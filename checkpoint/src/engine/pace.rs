@@ -60,7 +60,7 @@ impl Pace {
     }
 
     /// What comes of it is not wanted any more: now everybody waits for its end.
-    pub fn stop(&self) {
+    fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.hurry();
     }

@@ -229,9 +229,6 @@ impl Line<'_> {
     /// Compares and sends.
     fn round(&self, found: &Found, known: &mut Known, pace: &Pace) -> Result<Round, Stop> {
         pace.begin();
-        if pace.is_over() {
-            return Err(unwanted());
-        }
         let start = Instant::now();
         let (bytes, seen) = self.changes(&found.0, known, pace)?;
         Ok(Round { bytes, seen, took: start.elapsed() })
@@ -291,7 +288,7 @@ impl Line<'_> {
             let _keeper = pace.keeper();
             for (at, (mut diff, whole)) in compared {
                 if pace.is_over() {
-                    return Err(unwanted());
+                    return Err(Stop::Failed("it is not wanted any more".into()));
                 }
                 let job = &jobs[at];
                 let name = &open[job.file].1.name;
@@ -315,11 +312,6 @@ impl Line<'_> {
         }
         Ok((sent, seen))
     }
-}
-
-/// Whatever it was for has ended.
-fn unwanted() -> Stop {
-    Stop::Failed("it is not wanted any more".into())
 }
 
 fn lost(name: &str, e: &io::Error) -> Stop {
